@@ -1,0 +1,23 @@
+"""nanopaged: PagedAttention, small enough to read in an evening.
+
+The public names are loaded when they are first used, so that the scheduler and the allocator can be
+imported, tested and simulated where torch is not even installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_PUBLIC = {
+    "LLM": "nanopaged.engine",
+    "RequestOutput": "nanopaged.engine",
+    "CompletionOutput": "nanopaged.engine",
+    "SamplingParams": "nanopaged.sampling_params",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'nanopaged' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

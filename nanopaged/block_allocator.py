@@ -42,7 +42,7 @@ class InvariantError(RuntimeError):
     """The books do not add up: a block is lost, or owned unawares. Always a bug in nanopaged."""
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class AllocatorStats:
     """The pool at one moment. A slot is the room for one token's K and V."""
 

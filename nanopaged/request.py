@@ -48,7 +48,7 @@ class Request:
     """
 
     __slots__ = ("request_id", "token_ids", "num_prompt_tokens", "params", "seed", "stop_token_ids", "max_length",
-                 "block_table", "num_computed_tokens", "status", "finish_reason", "metrics")
+                 "text", "pending", "block_table", "num_computed_tokens", "status", "finish_reason", "metrics")
 
     def __init__(
         self,
@@ -69,6 +69,8 @@ class Request:
         if eos_token_id is not None and not params.ignore_eos:
             self.stop_token_ids.add(eos_token_id)
         self.max_length = self.num_prompt_tokens + params.max_tokens  # the scheduler may lower it
+        self.text = ""  # of the output, up to the last whole character
+        self.pending = b""  # the beginning of the next character
         self.block_table: list[int] = []  # logical block i is physical block block_table[i]
         self.num_computed_tokens = 0  # tokens whose K and V are in the pool
         self.status = RequestStatus.WAITING

@@ -41,7 +41,7 @@ class Step:
                 if request.num_computed_tokens + n == len(request.token_ids)]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SchedulerStats:
     """What the scheduler has done since the start, in steps, requests and tokens."""
 

@@ -1,0 +1,145 @@
+"""What is GPT-2, over a ragged batch?
+
+OpenAI's architecture (Radford et al., 2019): learned positions, LayerNorm before each sublayer
+(pre-norm), GELU by its tanh approximation, and the token embedding used again as the output head.
+Parameters have the checkpoint's names (`wte`, `h.0.attn.c_attn`, ...), so the two can be read side
+by side.
+
+The model is written twice. `dense` is GPT-2 with no cache at all, and everything else in this
+project must agree with it. `forward` is the same function of a ragged batch over a paged KV cache:
+only the attention differs, which writes K and V into the cache and reads the context back from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanopaged.batch import Batch
+from nanopaged.paged_attention import AttentionBackend
+from nanopaged.validation import require_int
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The model's shape; the fields and defaults are those of the checkpoint's config.json.
+
+    `n_kv_head`, for experiments with grouped-query attention, is our own: None is one K and V head
+    for each query head, as in GPT-2. `n_inner`: width of the MLP, None is 4 * n_embd.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None
+    n_inner: int | None = None
+    layer_norm_epsilon: float = 1e-5
+    eos_token_id: int | None = None  # ends a generation; None: nothing does
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            require_int(name, getattr(self, name), 1)
+        for name in ("n_kv_head", "n_inner"):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), 1)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head must divide n_embd, got n_head={self.n_head}, n_embd={self.n_embd}")
+        if self.n_head % self.num_kv_heads:
+            raise ValueError(f"n_kv_head must divide n_head, got n_kv_head={self.n_kv_head}, n_head={self.n_head}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+
+class Attention(nn.Module):
+    """The projections around attention; attention itself is the caller's."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.head_counts = (config.n_head, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        self.c_attn = nn.Linear(config.n_embd, sum(self.head_counts) * config.head_dim)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(T, n_embd) -> q (T, n_head, head_dim), k and v (T, num_kv_heads, head_dim)."""
+        heads = self.c_attn(x).unflatten(1, (-1, self.head_dim))  # (T, n_head + 2 * num_kv_heads, head_dim)
+        return heads.split(self.head_counts, dim=1)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (T, n_embd)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+
+class GPT2(nn.Module):
+    """A GPT-2 with random weights; `checkpoint.load_model` fills it with trained ones."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    @torch.inference_mode()
+    def dense(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """One whole sequence, no cache: (T,) int64 -> logits (T, vocab_size)."""
+        positions = torch.arange(len(token_ids), device=token_ids.device)
+        x = self.wte(token_ids) + self.wpe(positions)  # (T, n_embd)
+        for block in self.h:
+            q, k, v = (heads.transpose(0, 1) for heads in block.attn.qkv(block.ln_1(x)))  # (heads, T, head_dim)
+            y = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
+            x = x + block.attn.c_proj(y.transpose(0, 1).flatten(1))  # (T, n_embd)
+            x = x + block.mlp(block.ln_2(x))
+        return F.linear(self.ln_f(x), self.wte.weight)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
+        """One step of many requests.
+
+        Args:
+            batch: the step's tokens, T rows.
+            kv_cache: (n_layer, 2, num_blocks, num_kv_heads, block_size, head_dim); written in place.
+            attention: the operations to use, of `paged_attention`.
+
+        Returns:
+            Logits (num_sampled, vocab_size), for the rows `batch.logits_rows` alone: the head is
+            the largest matrix of a small GPT-2, and most rows of a prompt need no next token.
+        """
+        scale = self.config.head_dim**-0.5
+        x = self.wte(batch.token_ids) + self.wpe(batch.positions)  # (T, n_embd)
+        for block, (k_cache, v_cache) in zip(self.h, kv_cache):
+            q, k, v = block.attn.qkv(block.ln_1(x))  # (T, heads, head_dim)
+            attention.write_kv(k, v, k_cache, v_cache, batch.slots)
+            y = attention.paged_attention(q, k_cache, v_cache, batch.block_tables, batch.query_start, batch.seq_lens,
+                                          batch.max_query_len, scale)  # (T, n_head, head_dim)
+            x = x + block.attn.c_proj(y.flatten(1))  # (T, n_embd)
+            x = x + block.mlp(block.ln_2(x))
+        return F.linear(self.ln_f(x[batch.logits_rows]), self.wte.weight)

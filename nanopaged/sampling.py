@@ -1,0 +1,74 @@
+"""Which token comes next?
+
+One vectorised pass over the rows of a batch. Each row is drawn with one uniform number by inverting
+its cumulative distribution, and that number is a pure function of the request's seed and of how
+many tokens it has: so a request's tokens do not depend on what runs beside it, and a step that is
+repeated after a preemption or a fault draws the same token again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from nanopaged.request import Request
+from nanopaged.sampling_params import SamplingParams
+
+__all__ = ["SamplingParams", "sample", "uniform"]
+
+
+def uniform(seed: int, index: int) -> float:
+    """A uniform number in [0, 1) for the `index`-th token of a request; the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53  # 53 bits: a double's precision, below 1
+
+
+def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    """One token for each row.
+
+    Args:
+        logits: (num_rows, vocab_size), any float dtype.
+        requests: row i is sampled by the wishes and the seed of `requests[i]`.
+
+    Returns:
+        num_rows token ids. Reading them is where the host waits for the device.
+    """
+    token_ids = logits.argmax(dim=-1)  # (num_rows,)
+    rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
+    if rows:
+        vocab_size = logits.shape[1]
+        params = [requests[i].params for i in rows]
+        draws = [uniform(requests[i].seed, requests[i].num_output_tokens) for i in rows]
+        token_ids[rows] = _draw(
+            logits[rows],
+            temperature=logits.new_tensor([p.temperature for p in params], dtype=torch.float32),
+            top_k=torch.tensor([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params],
+                               device=logits.device),
+            top_p=logits.new_tensor([p.top_p if p.top_p < 1 else torch.inf for p in params], dtype=torch.float32),
+            draws=logits.new_tensor(draws, dtype=torch.float32),
+        )
+    return token_ids.tolist()
+
+
+def _draw(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, draws: torch.Tensor
+) -> torch.Tensor:
+    """Draws from each row's filtered distribution; every argument has an entry for each row."""
+    # Every row is sorted, whether or not it is filtered: the order in which the probabilities are
+    # added up decides which token a draw lands on, and must not depend on the row's neighbours.
+    scores, ids = logits.float().sort(dim=-1, descending=True, stable=True)  # (rows, vocab)
+    # Subtracting the maximum first keeps a tiny temperature from overflowing; the clamp, from 0 / 0.
+    scores = (scores - scores[:, :1]) / temperature.clamp(min=1e-6)[:, None]
+    rank = torch.arange(scores.shape[1], device=scores.device)
+    scores = scores.masked_fill(rank >= top_k[:, None], -torch.inf)
+    probs = scores.softmax(dim=-1)  # (rows, vocab), largest first
+    before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
+    kept = (before < top_p[:, None]) & (probs > 0)  # always the likeliest: nothing is before it
+    cumulative = (probs * kept).cumsum(dim=-1)
+    target = draws[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)  # (rows, 1)
+    # A float32 draw may round up to the total: then the last kept token is meant.
+    place = place.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)
+    return ids.gather(1, place).squeeze(1)

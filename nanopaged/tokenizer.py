@@ -1,0 +1,87 @@
+"""Text to ids, ids to text.
+
+GPT-2's ids are tiktoken's `gpt2` encoding; copycat's ids are bytes, as an encoding built on the
+spot. Both encode any text, and an id always stands for the same bytes. A character may be spread
+over several ids, so text is streamed byte-wise and shown only up to the last whole character.
+"""
+
+from __future__ import annotations
+
+import codecs
+
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's 50,257 ids; tiktoken downloads the vocabulary once and caches it.
+
+    Raises:
+        RuntimeError: the vocabulary is neither cached nor to be had; says what to set.
+    """
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken lets its HTTP library's own exceptions through
+        raise RuntimeError(
+            "tiktoken could not load the gpt2 vocabulary (vocab.bpe and encoder.json), which it downloads once: "
+            f"{type(error).__name__}: {error}. Without a network, set TIKTOKEN_CACHE_DIR to a folder in which "
+            "tiktoken has cached it on another machine"
+        ) from error
+
+
+def byte_encoding() -> tiktoken.Encoding:
+    """257 ids: a byte is its own id, and 256 ends the text. Needs no download."""
+    return tiktoken.Encoding(
+        name="bytes",
+        pat_str=r"(?s:.)",  # one character at a time; with no merges, each byte is a token
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={END_OF_TEXT: 256},
+    )
+
+
+class Tokenizer:
+    """A tiktoken encoding, with streaming.
+
+    Args:
+        encoding: any encoding that is byte-level, as tiktoken's all are.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self._encoding = encoding
+        self.vocab_size = encoding.n_vocab
+        self.eos_token_id = encoding.eot_token
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Special tokens are not looked for: what a user types is only text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds half a character, the lone surrogate {text[error.start]!r} at position "
+                f"{error.start}: it has no bytes, so it cannot be encoded"
+            ) from None
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of ids; bytes that are no UTF-8 become the replacement character."""
+        return self._encoding.decode(token_ids)
+
+    def stream(self, pending: bytes, token_id: int) -> tuple[str, bytes]:
+        """One more token of a stream.
+
+        Args:
+            pending: the beginning of a character that the tokens before have left; b"" at first.
+            token_id: the next id.
+
+        Returns:
+            The whole characters there are, and what is pending after them. Nothing is stored here,
+            so a token that is streamed twice gives the same answer twice.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = decoder.decode(pending + self._encoding.decode_single_token_bytes(token_id))
+        return text, decoder.getstate()[0]
+
+    def end_stream(self, pending: bytes) -> str:
+        """What is left of a stream at its end: the replacement character, for half a character."""
+        return pending.decode(errors="replace")
