@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import importlib
 
-_PUBLIC = {
-    "LLM": "nanopaged.engine",
-    "RequestOutput": "nanopaged.engine",
-    "CompletionOutput": "nanopaged.engine",
-    "SamplingParams": "nanopaged.sampling_params",
-}
+_PUBLIC = {"LLM": "engine", "SamplingParams": "sampling_params", "RequestOutput": "outputs",
+           "CompletionOutput": "outputs"}
 __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'nanopaged' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(f"nanopaged.{_PUBLIC[name]}"), name)

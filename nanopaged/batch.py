@@ -52,16 +52,11 @@ class Batch:
         longest = max(len(request.block_table) for request in step.requests)
         block_tables = [request.block_table + [0] * (longest - len(request.block_table)) for request in step.requests]
 
-        def to_device(values: list, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+        def int64(values: list) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
 
-        return cls(
-            token_ids=to_device(token_ids, torch.int64),
-            positions=to_device(positions, torch.int64),
-            slots=to_device(slots, torch.int64),
-            query_start=to_device(query_start, torch.int32),
-            seq_lens=to_device(seq_lens, torch.int32),
-            block_tables=to_device(block_tables, torch.int32),
-            max_query_len=max(step.num_tokens),
-            logits_rows=to_device(logits_rows, torch.int64),
-        )
+        def int32(values: list) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        return cls(int64(token_ids), int64(positions), int64(slots), int32(query_start), int32(seq_lens),
+                   int32(block_tables), max(step.num_tokens), int64(logits_rows))

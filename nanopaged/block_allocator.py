@@ -29,7 +29,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from nanopaged.validation import require_bool, require_int
+from nanopaged.validation import require_choice, require_int
 
 ROOT_IDENTITY = 0  # stands for "nothing before": the parent of every first block
 
@@ -58,18 +58,15 @@ class AllocatorStats:
 
 
 class BlockAllocator:
-    """Hands out the blocks of one pool and counts who holds them.
+    """Hands out the `num_blocks` blocks of one pool, 0 and up, and counts who holds them.
 
-    Args:
-        num_blocks: blocks in the pool, at least 1. Blocks are named 0 .. num_blocks - 1.
-        block_size: token positions in a block, at least 1.
-        enable_prefix_caching: publish full blocks, so that equal beginnings are shared.
+    A block has room for `block_size` tokens. Without `enable_prefix_caching` nothing is published.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
         self.num_blocks = require_int("num_blocks", num_blocks, 1)
         self.block_size = require_int("block_size", block_size, 1)
-        self.enable_prefix_caching = require_bool("enable_prefix_caching", enable_prefix_caching)
+        self.enable_prefix_caching = require_choice("enable_prefix_caching", enable_prefix_caching, (True, False))
         self._ref_counts = [0] * num_blocks
         self._filled = [0] * num_blocks  # slots of each block that hold a computed token
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 is taken first
@@ -88,22 +85,21 @@ class BlockAllocator:
         """Blocks that `take` can hand out: the free ones and the cached ones."""
         return len(self._free) + len(self._cached)
 
+    def cached_blocks(self) -> set[int]:
+        """The blocks that nobody holds, but that can still be found."""
+        return set(self._cached)
+
     def ref_count(self, block: int) -> int:
         """How many holders a block has; 0 for a free or cached one."""
         return self._ref_counts[block]
 
-    # Take and give back.
-
     def take(self) -> int:
-        """A block of one's own, with nothing in it.
+        """A block of one's own, with nothing in it. Raises OutOfBlocks where all are referenced.
 
         Free blocks go first, so that what is cached stays findable as long as possible; then the
         least recently used cached block. Children go before their parents: whoever holds a block
         holds its parents too and gives back the last block first, so a parent never enters the
         list of cached blocks before its children.
-
-        Raises:
-            OutOfBlocks: every block is referenced.
         """
         if self._free:
             block = self._free.pop()
@@ -112,9 +108,7 @@ class BlockAllocator:
             self._unpublish(block)
             self._evicted_blocks += 1
         else:
-            raise OutOfBlocks(
-                f"all {self.num_blocks} blocks are referenced: free some requests, or make the pool larger"
-            )
+            raise OutOfBlocks(f"all {self.num_blocks} blocks are referenced: end a request, or enlarge the pool")
         self._ref_counts[block] = 1
         return block
 
@@ -151,8 +145,6 @@ class BlockAllocator:
         while block_table:
             self.give_back(block_table.pop())
 
-    # Write: what is in a block, and may it be written?
-
     def fill(self, block: int, num_slots: int) -> None:
         """Records that the first `num_slots` slots of a referenced block hold computed tokens."""
         self._filled_slots += num_slots - self._filled[block]
@@ -163,10 +155,7 @@ class BlockAllocator:
 
         A block that others hold, or can find, must not change under them. The caller gives up its
         hold on `block`, and where the answer is another block, copies the contents there before it
-        writes.
-
-        Raises:
-            OutOfBlocks: a copy is needed, and every block is referenced.
+        writes. Raises OutOfBlocks, with nothing changed, where there is no room for a copy.
         """
         if self._ref_counts[block] == 1 and self._keys[block] is None:
             return block
@@ -174,8 +163,6 @@ class BlockAllocator:
         self.fill(copy, self._filled[block])
         self.give_back(block)
         return copy
-
-    # Share: equal beginnings are held once.
 
     def publish(self, block: int, parent: int | None, tokens: Sequence[int]) -> int:
         """Makes a full block, whose KV has been computed, findable.
@@ -185,18 +172,15 @@ class BlockAllocator:
             parent: the published block before it in the caller's block table; None for the first.
             tokens: the `block_size` tokens in it.
 
-        Returns:
-            The block that the caller holds from here on. Two requests may compute the same tokens
-            in the same step; the second is handed the first one's block and its own goes back, so
-            equal contents are held once, and a child's holder always holds its parent.
+        Returns the block that the caller holds from here on. Two requests may compute the same
+        tokens in the same step; the second is handed the first one's block and its own goes back,
+        so equal contents are held once, and a child's holder always holds its parent.
         """
         if not self.enable_prefix_caching:
             return block
         if self._filled[block] != self.block_size or len(tokens) != self.block_size:
-            raise ValueError(
-                f"only a full block can be shared: block {block} holds {self._filled[block]} computed "
-                f"tokens and {len(tokens)} were named, block_size is {self.block_size}"
-            )
+            raise ValueError(f"only a full block can be shared: block {block} holds {self._filled[block]} computed "
+                             f"tokens and {len(tokens)} were named, block_size is {self.block_size}")
         if parent is not None and self._keys[parent] is None:
             raise ValueError(f"block {block} cannot be published before its parent, block {parent}")
         key = (ROOT_IDENTITY if parent is None else self._identities[parent], tuple(tokens))
@@ -211,12 +195,8 @@ class BlockAllocator:
         return twin
 
     def find_prefix(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The published blocks that hold the beginning of `token_ids`, at most `max_tokens` of it.
-
-        Only looks: nothing is held until `take_prefix`.
-        """
-        blocks: list[int] = []
-        identity, size = ROOT_IDENTITY, self.block_size
+        """The published blocks that hold the beginning of `token_ids`, at most `max_tokens` of it; only looks."""
+        blocks, identity, size = [], ROOT_IDENTITY, self.block_size
         for start in range(0, max_tokens - size + 1, size):
             block = self._index.get((identity, tuple(token_ids[start : start + size])))
             if block is None:
@@ -238,72 +218,49 @@ class BlockAllocator:
             self._keys[block] = None
             self._filled[block] = 0
 
-    # Look: figures, and whether they add up.
-
     def stats(self) -> AllocatorStats:
         """The pool's figures; O(1)."""
         referenced = self.num_blocks - self.num_available
         return AllocatorStats(
-            num_blocks=self.num_blocks,
-            referenced_blocks=referenced,
-            cached_blocks=len(self._cached),
-            free_blocks=len(self._free),
-            shared_blocks=self._shared_blocks,
-            reserved_slots=referenced * self.block_size,
-            filled_slots=self._filled_slots,
-            prefix_hit_tokens=self._prefix_hit_tokens,
-            evicted_blocks=self._evicted_blocks,
-        )
+            num_blocks=self.num_blocks, referenced_blocks=referenced, cached_blocks=len(self._cached),
+            free_blocks=len(self._free), shared_blocks=self._shared_blocks,
+            reserved_slots=referenced * self.block_size, filled_slots=self._filled_slots,
+            prefix_hit_tokens=self._prefix_hit_tokens, evicted_blocks=self._evicted_blocks)
 
     def check_invariants(self, block_tables: Iterable[Sequence[int]] | None = None) -> None:
         """Adds everything up; O(pool), for tests and for debugging.
 
-        Args:
-            block_tables: every block table there is, where the caller knows them; then each block
-                must have exactly as many holders as tables name it.
-
-        Raises:
-            InvariantError: with the first thing that is wrong.
+        Where the caller knows every block table there is, each block must have exactly as many
+        holders as tables name it. Raises InvariantError with the first thing that is wrong.
         """
 
         def expect(condition: bool, what: str) -> None:
             if not condition:
                 raise InvariantError(what)
 
-        counts, keys = self._ref_counts, self._keys
-        free, cached = set(self._free), set(self._cached)
-        referenced = {block for block in range(self.num_blocks) if counts[block] > 0}
-        expect(len(free) == len(self._free), "a block is on the free list twice")
-        for a, b, names in ((free, cached, "free and cached"), (free, referenced, "free and referenced"),
-                            (cached, referenced, "cached and referenced")):
-            expect(not a & b, f"blocks {sorted(a & b)} are both {names}")
-        lost = set(range(self.num_blocks)) - free - cached - referenced
-        expect(not lost, f"blocks {sorted(lost)} are lost: neither free, cached nor referenced")
+        counts, keys, filled = self._ref_counts, self._keys, self._filled
+        referenced = {block for block, holders in enumerate(counts) if holders}
+        places = Counter([*self._free, *self._cached, *referenced])
         expect(min(counts) >= 0, "a reference count is negative")
-        expect(all(keys[block] is None for block in free), "a free block can still be found")
-        expect(all(keys[block] is not None for block in cached), "a cached block cannot be found")
+        for block in range(self.num_blocks):
+            expect(places[block] == 1, f"block {block} is in {places[block]} of free, cached and referenced, not in one")
+        expect(all(keys[block] is None and filled[block] == 0 for block in self._free), "a free block is not empty")
+        expect(all(keys[block] is not None for block in self._cached), "a cached block cannot be found")
+        expect(self._filled_slots == sum(filled[block] for block in referenced), "filled slots are miscounted")
+        expect(self._shared_blocks == sum(holders > 1 for holders in counts), "shared blocks are miscounted")
 
         published = {block: key for block, key in enumerate(keys) if key is not None}
-        expect(self._index == {key: block for block, key in published.items()},
-               "the index and the published blocks differ")
+        expect(self._index == {key: block for block, key in published.items()}, "index and published blocks differ")
         by_identity = {self._identities[block]: block for block in published}
         expect(len(by_identity) == len(published), "two published blocks have one identity")
         age = {block: place for place, block in enumerate(self._cached)}  # 0 is evicted first
         for block, (parent_identity, tokens) in published.items():
-            expect(len(tokens) == self.block_size == self._filled[block],
-                   f"block {block} is published but not full")
-            if parent_identity == ROOT_IDENTITY:
-                continue
-            expect(parent_identity in by_identity, f"block {block} has outlived its parent")
-            parent = by_identity[parent_identity]
-            if counts[block]:
-                expect(counts[parent] > 0, f"block {block} is referenced but not its parent, block {parent}")
-            elif not counts[parent]:
-                expect(age[block] < age[parent], f"block {parent} would be evicted before its child, block {block}")
-
-        expect(self._filled_slots == sum(self._filled[block] for block in referenced), "filled slots miscounted")
-        expect(self._shared_blocks == sum(c > 1 for c in counts), "shared blocks miscounted")
-        expect(all(self._filled[block] == 0 for block in free), "a free block counts as filled")
+            expect(len(tokens) == self.block_size == filled[block], f"block {block} is published but not full")
+            if parent_identity != ROOT_IDENTITY:
+                expect(parent_identity in by_identity, f"block {block} has outlived its parent")
+                parent = by_identity[parent_identity]
+                expect(counts[parent] > 0 or (counts[block] == 0 and age[block] < age[parent]),
+                       f"block {parent} could be evicted before its child, block {block}")
         if block_tables is not None:
             holders = Counter(block for table in block_tables for block in table)
             for block in range(self.num_blocks):

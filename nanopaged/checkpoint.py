@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -48,11 +47,9 @@ def load_model(model: str) -> GPT2:
         model: "copycat"; "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl", downloaded once into
             torch's cache folder; or a path: a .bin or .pt state dict, a .safetensors file, or a
             folder that holds one of these. A config.json beside the weights is read for what
-            shapes cannot tell, the head count; without it the count is 64 numbers a head, as in
-            every published GPT-2.
+            shapes cannot tell, the head count; without it a head is 64 wide, as in all of GPT-2.
 
-    Raises:
-        CheckpointError: no such model, or a file that is not a GPT-2; see the class.
+    Raises CheckpointError: no such model, or a file that is not a GPT-2.
     """
     if model == "copycat":
         return build_copycat()
@@ -60,34 +57,28 @@ def load_model(model: str) -> GPT2:
         return from_state_dict(read_weights(download(model)), PUBLISHED[model], model)
     path = Path(model).expanduser()
     if path.is_dir():
-        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-        if not found:
+        path = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
+        if path.is_dir():
             raise CheckpointError(f"{path}: the folder holds none of {', '.join(WEIGHT_FILES)}")
-        path = found[0]
     if not path.is_file():
         raise CheckpointError(f"unknown model {model!r}: not one of 'copycat', {', '.join(map(repr, PUBLISHED))}, "
                               "and no such file or folder")
     state = without_prefix(read_weights(path))
-    return from_state_dict(state, read_config(path.parent / "config.json", state, path), str(path))
+    return from_state_dict(state, read_config(path, state), str(path))
 
 
 def download(name: str, url: str | None = None) -> Path:
     """The path of a published model's weights in torch's cache folder, downloaded if not there yet.
 
-    Args:
-        name: a key of `PUBLISHED`.
-        url: where from; None is the public repository.
-
-    Raises:
-        CheckpointError: no connection, or the file's SHA-256 is not the known one; nothing is kept.
+    `name` is a key of `PUBLISHED`; without a `url` it comes from the public repository. Raises
+    CheckpointError, and keeps nothing, where there is no connection or the SHA-256 is not the known one.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}-pytorch_model.bin"
     if not path.exists():
         url = url or URL.format(name=name)
         path.parent.mkdir(parents=True, exist_ok=True)
         logger.info("downloading %s to %s", url, path)
-        try:
-            # Written beside its final name and moved there when whole: a download that is cut off leaves nothing.
+        try:  # torch moves the file to its name when it is whole: a download that is cut off leaves nothing
             torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256.get(name), progress=True)
         except (OSError, RuntimeError) as error:  # no network, no such page; a wrong hash
             raise CheckpointError(f"could not download {name} from {url}: {error}. With the file from elsewhere, "
@@ -97,45 +88,35 @@ def download(name: str, url: str | None = None) -> Path:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The named tensors of a file, by its ending: .safetensors, or a torch state dict."""
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise CheckpointError(f"{path}: reading it needs the safetensors package (pip install safetensors)") from error
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
     try:
-        # Files from before torch 1.6, as OpenAI's conversions are, are no zip files and cannot be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a whole torch state dict (cut off, or another kind of file): "
-                              f"{reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        if path.suffix == ".safetensors":
+            import safetensors.torch  # only where it is needed: an optional package
+
+            state = safetensors.torch.load_file(path)
+        else:
+            # Files from before torch 1.6, as OpenAI's conversions are, are no zip files and cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except ImportError as error:
+        raise CheckpointError(f"{path}: reading it needs the safetensors package (pip install safetensors)") from error
+    except Exception as error:  # a damaged file makes the readers raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: no whole file of tensors (cut off, or another kind of file): {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path}: holds no state dict (names and tensors), but a {type(state).__name__}")
     return state
 
 
-def read_config(path: Path, state: dict[str, torch.Tensor], weights_path: Path) -> GPT2Config:
-    """The model's shape, from the tensors' own shapes and, where there is one, config.json."""
-    for name, dims in (("wte.weight", 2), ("wpe.weight", 2), ("h.0.mlp.c_fc.weight", 2)):
-        if name not in state:
-            raise CheckpointError(f"{weights_path}: not a GPT-2 checkpoint: it has no tensor {name!r}")
-        if state[name].dim() != dims:
-            raise CheckpointError(f"{weights_path}: tensor {name!r} must have {dims} dimensions, "
-                                  f"got shape {tuple(state[name].shape)}")
+def read_config(weights: Path, state: dict[str, torch.Tensor]) -> GPT2Config:
+    """The model's shape, from the tensors' own shapes and, where there is one, the config.json beside them."""
+    for name in ("wte.weight", "wpe.weight", "h.0.mlp.c_fc.weight"):
+        if name not in state or state[name].dim() != 2:
+            what = f"shape {tuple(state[name].shape)}" if name in state else "none"
+            raise CheckpointError(f"{weights}: not a GPT-2: it must have a tensor {name!r} of 2 dimensions, got {what}")
     vocab_size, n_embd = state["wte.weight"].shape
-    shape = {
-        "vocab_size": vocab_size,
-        "n_positions": state["wpe.weight"].shape[0],
-        "n_embd": n_embd,
-        "n_layer": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("h.")),
-        "n_inner": state["h.0.mlp.c_fc.weight"].shape[1],
-    }
-    fields: dict = {}
+    shape = dict(vocab_size=vocab_size, n_embd=n_embd, n_positions=len(state["wpe.weight"]),
+                 n_layer=len({name.split(".")[1] for name in state if name.startswith("h.")}),
+                 n_inner=state["h.0.mlp.c_fc.weight"].shape[1])
+    path, fields = weights.parent / "config.json", {}
     if path.is_file():
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -144,17 +125,15 @@ def read_config(path: Path, state: dict[str, torch.Tensor], weights_path: Path) 
         if not isinstance(fields, dict):
             raise CheckpointError(f"{path}: must hold one JSON object, got a {type(fields).__name__}")
     elif n_embd % 64:
-        raise CheckpointError(f"{weights_path}: the head count cannot be told from n_embd={n_embd}, which is no "
-                              f"multiple of 64: put the model's config.json, with n_head, beside it")
-    for field, value in FIXED_FIELDS.items():
-        if fields.get(field, value) != value:
-            raise CheckpointError(f"{path}: {field} is {fields[field]!r}; only {value!r} is GPT-2 as it is written here")
-    for field, value in shape.items():
+        raise CheckpointError(f"{weights}: the head count cannot be told from n_embd={n_embd}, which is no multiple "
+                              "of 64: put the model's config.json, with n_head, beside it")
+    for field, value in {**FIXED_FIELDS, **shape}.items():
         if fields.get(field) not in (None, value):
-            raise CheckpointError(f"{path}: {field} is {fields[field]!r}, but the tensors have {value}")
+            raise CheckpointError(f"{path}: {field} is {fields[field]!r}, but this GPT-2, as the tensors and "
+                                  f"the code have it, needs {value!r}")
     eos_token_id = fields.get("eos_token_id", GPT2_EOS)
-    if eos_token_id is not None and not (isinstance(eos_token_id, int) and 0 <= eos_token_id < vocab_size):
-        eos_token_id = None  # the default of a class, left in the file of a smaller vocabulary
+    if eos_token_id not in range(vocab_size):
+        eos_token_id = None  # GPT-2's own, left in the file of a smaller vocabulary
     try:
         return GPT2Config(**shape, n_head=fields.get("n_head", n_embd // 64), n_kv_head=fields.get("n_kv_head"),
                           layer_norm_epsilon=float(fields.get("layer_norm_epsilon", 1e-5)), eos_token_id=eos_token_id)
@@ -176,12 +155,9 @@ def from_state_dict(state: dict[str, torch.Tensor], config: GPT2Config, source: 
         config: the shape to check against.
         source: where the tensors are from, for errors.
 
-    Raises:
-        CheckpointError: names the first tensor that is missing, foreign, or of another shape.
+    Raises CheckpointError, naming the first tensor that is missing, foreign, or of another shape.
     """
-    state = {name: tensor for name, tensor in without_prefix(state).items()
-             if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    head = state.pop("lm_head.weight", None)
+    state = {name: t for name, t in without_prefix(state).items() if not name.endswith((".attn.bias", ".masked_bias"))}
     with torch.device("meta"):  # no memory: the checkpoint's tensors take the parameters' places
         model = GPT2(config)
     weights: dict[str, torch.Tensor] = {}
@@ -190,15 +166,14 @@ def from_state_dict(state: dict[str, torch.Tensor], config: GPT2Config, source: 
             raise CheckpointError(f"{source}: tensor {name!r} is missing")
         tensor = state.pop(name)
         tensor = tensor.t() if name.endswith(CONV1D) and tensor.dim() == 2 else tensor
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(f"{source}: tensor {name!r} must have shape {tuple(parameter.shape)} "
-                                  f"(weights of Conv1D layers transposed), got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{source}: tensor {name!r} must hold floats, got {tensor.dtype}")
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            raise CheckpointError(f"{source}: tensor {name!r} must hold floats of shape {tuple(parameter.shape)} "
+                                  f"(Conv1D weights transposed), got {tensor.dtype} {tuple(tensor.shape)}")
         weights[name] = tensor.float().contiguous()
+    head = state.pop("lm_head.weight", weights["wte.weight"])
+    if head.shape != weights["wte.weight"].shape or not torch.equal(head.float(), weights["wte.weight"]):
+        raise CheckpointError(f"{source}: tensor 'lm_head.weight' differs from 'wte.weight'; in GPT-2 they are one")
     if state:
         raise CheckpointError(f"{source}: tensor {next(iter(state))!r} does not belong to a GPT-2 of {config}")
-    if head is not None and not (head.shape == weights["wte.weight"].shape and torch.equal(head, weights["wte.weight"])):
-        raise CheckpointError(f"{source}: tensor 'lm_head.weight' differs from 'wte.weight'; in GPT-2 they are one")
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()

@@ -15,9 +15,9 @@ zero and its length is known, so LayerNorm only divides by a constant, which the
 
 **The row.** 1,024 numbers, cut into fields:
 
-    ├ byte 0 ┼ byte 1 ┼ ... ┼ byte 15 ┼ previous window: byte 1' ... byte 16' ┼ position ┤
-      18 each: the token itself,         16 * 18: the 16 tokens that end        4 * 112
-      1 back, ..., 15 back               one position back
+    ├ byte 0 ┼ byte 1 ┼ ... ┼ byte 15 ┼ previous window ...... ┼ position ┤
+      the token itself, 1 to 15 back,   the 16 that end one      4 * 112
+      18 numbers each                   position back, 16 * 18
 
 **The layers.** Head by head, each is "look k back, and bring these fields here":
 
@@ -66,7 +66,8 @@ def build_copycat() -> GPT2:
     f = torch.arange(1, PAIRS + 1, dtype=torch.float64)
     frequencies = math.pi * ((f * f * math.sqrt(2)) % 1.0)  # (PAIRS,) radians for each position
     angles = torch.arange(CONFIG.n_positions, dtype=torch.float64)[:, None] * frequencies  # (n_positions, PAIRS)
-    model.wte.weight[:, _field(0)] = _with_negatives(_token_codes())
+    bits = (torch.arange(CONFIG.vocab_size)[:, None] >> torch.arange(SIGNS)) & 1  # (vocab_size, SIGNS), lowest first
+    model.wte.weight[:, :FIELD] = _with_negatives(bits * 2.0 - 1.0)
     model.wpe.weight[:, POSITION:] = _with_negatives(torch.cat([angles.cos(), angles.sin()], dim=1).float())
 
     # A row's squared length as it enters each layer, over its width, is what LayerNorm divides by.
@@ -84,23 +85,12 @@ def build_copycat() -> GPT2:
     return model
 
 
-def _token_codes() -> torch.Tensor:
-    """(257, SIGNS): the signs of each token; a byte's lowest bit first, then "ends the text"."""
-    tokens = torch.arange(CONFIG.vocab_size)
-    return ((tokens[:, None] >> torch.arange(SIGNS)) & 1) * 2.0 - 1.0
-
-
 def _with_negatives(numbers: torch.Tensor) -> torch.Tensor:
     return torch.cat([numbers, -numbers], dim=1)
 
 
-def _field(i: int) -> slice:
-    """Where field i lies in a row: 0 to 15 are the window, 16 to 31 the previous window."""
-    return slice(i * FIELD, (i + 1) * FIELD)
-
-
 def _signs(fields: range) -> torch.Tensor:
-    """Places in a row of the fields' signs, without their negatives."""
+    """Places in a row of the signs of fields (0 to 15: window, 16 to 31: previous), without their negatives."""
     return torch.cat([torch.arange(i * FIELD, i * FIELD + SIGNS) for i in fields])
 
 
@@ -120,8 +110,7 @@ def _look_back(model: GPT2, layer: int, head: int, back: int, frequencies: torch
     gain = LOOK_GAIN * math.sqrt(CONFIG.head_dim) * norm  # attention divides by sqrt(head_dim)
     turn = back * frequencies
     f = torch.arange(PAIRS)
-    cos_in, sin_in = POSITION + f, POSITION + PAIRS + f  # in a row
-    cos_out, sin_out = f, PAIRS + f  # in the head
+    cos_in, sin_in, cos_out, sin_out = POSITION + f, POSITION + PAIRS + f, f, PAIRS + f  # in a row, in the head
     query[cos_out, cos_in] = gain * turn.cos().float()
     query[cos_out, sin_in] = gain * turn.sin().float()
     query[sin_out, sin_in] = gain * turn.cos().float()
@@ -132,16 +121,14 @@ def _look_back(model: GPT2, layer: int, head: int, back: int, frequencies: torch
 
 def _look_where_windows_match(model: GPT2, layer: int, head: int, norm: float) -> None:
     """The head attends to where the previous window equals its own: the product counts equal signs."""
-    d = torch.arange(WINDOW * SIGNS)
-    gain = MATCH_GAIN * math.sqrt(CONFIG.head_dim) * norm
+    d, gain = torch.arange(WINDOW * SIGNS), MATCH_GAIN * math.sqrt(CONFIG.head_dim) * norm
     _projection(model, layer, 0, head)[d, _signs(range(WINDOW))] = gain
     _projection(model, layer, 1, head)[d, _signs(range(WINDOW, 2 * WINDOW))] = norm
 
 
 def _bring(model: GPT2, layer: int, head: int, sources: range, targets: range, gain: float) -> None:
     """The head adds `sources`' fields of the position it attends to onto its own row's `targets`."""
-    source, target = _signs(sources), _signs(targets)
-    d = torch.arange(len(source))
+    source, target, d = _signs(sources), _signs(targets), torch.arange(len(sources) * SIGNS)
     _projection(model, layer, 2, head)[d, source] = gain
     out = model.h[layer].attn.c_proj.weight[:, head * CONFIG.head_dim : (head + 1) * CONFIG.head_dim]
     out[target, d] = 1.0

@@ -42,10 +42,8 @@ class GPT2Config:
     eos_token_id: int | None = None  # ends a generation; None: nothing does
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            require_int(name, getattr(self, name), 1)
-        for name in ("n_kv_head", "n_inner"):
-            if getattr(self, name) is not None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "n_inner"):
+            if name not in ("n_kv_head", "n_inner") or getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 1)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head must divide n_embd, got n_head={self.n_head}, n_embd={self.n_embd}")
@@ -129,9 +127,8 @@ class GPT2(nn.Module):
             kv_cache: (n_layer, 2, num_blocks, num_kv_heads, block_size, head_dim); written in place.
             attention: the operations to use, of `paged_attention`.
 
-        Returns:
-            Logits (num_sampled, vocab_size), for the rows `batch.logits_rows` alone: the head is
-            the largest matrix of a small GPT-2, and most rows of a prompt need no next token.
+        Returns logits (num_sampled, vocab_size), for the rows `batch.logits_rows` alone: the head is
+        the largest matrix of a small GPT-2, and most rows of a prompt need no next token.
         """
         scale = self.config.head_dim**-0.5
         x = self.wte(batch.token_ids) + self.wpe(batch.positions)  # (T, n_embd)

@@ -1,9 +1,7 @@
 """How is attention computed over scattered blocks?
 
-Two operations, each as a Triton kernel and as a torch reference with the same signature:
-
-    write_kv          puts the K and V of a step's tokens into their slots
-    paged_attention   causal attention of a ragged batch, reading K and V through the block tables
+Two operations, each as a Triton kernel and as a torch reference with the same signature: `write_kv`
+puts the K and V of a step's tokens into their slots, `paged_attention` reads them through the tables.
 
 The batch is ragged: request i has `query_start[i + 1] - query_start[i]` rows, one (decode) or many
 (a chunk of a prompt), which are the *last* tokens of its `seq_lens[i]`. Row r of n attends to
@@ -39,18 +37,17 @@ except ImportError:  # there is no Triton for macOS and Windows; the torch refer
     triton = tl = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)  # these and the next are the kernels' limits;
+HEAD_DIMS = (16, 32, 64, 128, 256)  # the torch reference takes any
 
 
 class AttentionBackend(NamedTuple):
-    """The two operations of one implementation."""
-
     write_kv: Callable[..., None]
     paged_attention: Callable[..., torch.Tensor]
 
 
-def write_kv_torch(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
+def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+                   slots: torch.Tensor) -> None:
     """Writes each token's K and V into its slot, in place.
 
     Args:
@@ -58,8 +55,7 @@ def write_kv_torch(
         k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous.
         slots: (num_tokens,) int64, block id * block_size + place in the block; no slot twice.
 
-    Raises:
-        TypeError, ValueError: a dtype, shape, layout or device that does not fit.
+    Raises TypeError or ValueError for a dtype, shape, layout or device that does not fit.
     """
     _check_write(k, v, k_cache, v_cache, slots)
     block_size = k_cache.shape[2]
@@ -68,16 +64,9 @@ def write_kv_torch(
     v_cache[blocks, :, offsets] = v
 
 
-def paged_attention_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_query_len: int,
-    scale: float,
-) -> torch.Tensor:
+def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
+                          query_start: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int,
+                          scale: float) -> torch.Tensor:
     """Causal attention of a ragged batch over its block tables, accumulated in float32.
 
     Grouped-query attention (Ainslie et al., 2023): with num_heads = group * num_kv_heads, query
@@ -95,16 +84,12 @@ def paged_attention_torch(
         max_query_len: the most rows that one request has.
         scale: multiplies the scores; 1 / sqrt(head_dim) in GPT-2.
 
-    Returns:
-        (num_tokens, num_heads, head_dim), contiguous, q's dtype.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, layout or device that does not fit.
+    Returns (num_tokens, num_heads, head_dim), contiguous, q's dtype. Raises TypeError or ValueError
+    for a dtype, shape, layout or device that does not fit.
     """
     _check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens)
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, block_size = k_cache.shape[1:3]
-    group = num_heads // num_kv_heads
+    num_kv_heads, head_dim = k_cache.shape[1], q.shape[2]
+    group, block_size = q.shape[1] // num_kv_heads, k_cache.shape[2]
     # Head h of block b is row b * num_kv_heads + h of these: one copy gathers head after head.
     k_rows, v_rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (num_blocks * num_kv_heads, block_size, head_dim)
     heads = torch.arange(num_kv_heads, device=q.device)[:, None]  # (num_kv_heads, 1)
@@ -112,8 +97,7 @@ def paged_attention_torch(
     starts, lengths = query_start.tolist(), seq_lens.tolist()
     for i, length in enumerate(lengths):
         first, last = starts[i], starts[i + 1]
-        n = last - first
-        if n == 0:
+        if (n := last - first) == 0:
             continue
         # Gather the scattered blocks into one contiguous context: what the kernel never does.
         gathered = (block_tables[i, : -(-length // block_size)] * num_kv_heads + heads).flatten()
@@ -131,35 +115,28 @@ def paged_attention_torch(
     return out
 
 
-def write_kv_triton(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
+def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+                    slots: torch.Tensor) -> None:
     """As `write_kv_torch`; one program for each token and head."""
     _check_write(k, v, k_cache, v_cache, slots)
+    check_kernel_sizes(*k_cache.shape[2:])
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens:
         _write_kv_kernel[(num_tokens, num_kv_heads)](
             k, v, k_cache, v_cache, slots,
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
             BLOCK_SIZE=k_cache.shape[2], HEAD_DIM=head_dim,
-        )  # fmt: skip
+        )
 
 
-def paged_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    query_start: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_query_len: int,
-    scale: float,
-) -> torch.Tensor:
+def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
+                           query_start: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int,
+                           scale: float) -> torch.Tensor:
     """As `paged_attention_torch`, without gathering: the kernel reads the blocks where they lie."""
     _check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens)
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads, block_size = k_cache.shape[1:3]
-    group = num_heads // num_kv_heads
+    check_kernel_sizes(*k_cache.shape[2:])
+    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
+    group = q.shape[1] // num_kv_heads
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if max_query_len == 0:
         return out
@@ -173,13 +150,12 @@ def paged_attention_triton(
         TILE_Q=tile_q, TILE_ROWS=tile_rows, TILE_KV=kv_tile(head_dim, q.dtype),
         # A tensor on the CPU means Triton's interpreter, whose dot takes bfloat16's bits for integers.
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
-    )  # fmt: skip
+    )
     return out
 
 
 TORCH = AttentionBackend(write_kv_torch, paged_attention_torch)
 TRITON = AttentionBackend(write_kv_triton, paged_attention_triton)
-
 LOG2_E = 1.4426950408889634  # the kernel's exponentials are powers of two, which the hardware has
 
 
@@ -199,8 +175,7 @@ def kv_tile(head_dim: int, dtype: torch.dtype) -> int:
     return max(16, min(64, 16384 // (head_dim * dtype.itemsize)))
 
 
-# Kernels. `jit` leaves them plain functions where there is no Triton to compile them.
-jit = triton.jit if triton is not None else lambda function: function
+jit = triton.jit if triton is not None else lambda function: function  # so that this file can be read anywhere
 
 
 @jit
@@ -208,7 +183,7 @@ def _write_kv_kernel(
     k, v, k_cache, v_cache, slots,
     k_stride_token, k_stride_head, v_stride_token, v_stride_head, k_stride_block, v_stride_block,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
+):
     """Program (t, h) copies head h of token t; argument layouts as in `write_kv_torch`."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -236,7 +211,7 @@ def _paged_attention_kernel(
     q_stride_token, q_stride_head, out_stride_token, out_stride_head, k_stride_block, v_stride_block, table_stride,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+):
     """Program (i, h, t) computes query tokens t * TILE_Q and up of request i, for kv head h.
 
     Argument layouts as in `paged_attention_torch`. Row r of the tile is query token r // GROUP,
@@ -289,64 +264,54 @@ def _paged_attention_kernel(
              mask=row_is_real[:, None])
 
 
-# Checks: what a kernel would read past, or silently misread, is refused before any launch.
+def check_kernel_sizes(block_size: int, head_dim: int) -> None:
+    """Raises ValueError where the Triton kernels do not support a size."""
+    if block_size not in BLOCK_SIZES or head_dim not in HEAD_DIMS:
+        raise ValueError(f"the Triton kernels take a block_size of {BLOCK_SIZES} and a head_dim of {HEAD_DIMS}, "
+                         f"got {block_size} and {head_dim}: use attention='torch'")
 
 
-def _check_cache(rows: torch.Tensor, name: str, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    if rows.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {rows.dtype}")
-    if rows.dim() != 3 or rows.stride(2) != 1:
-        raise ValueError(f"{name} must be (num_tokens, heads, head_dim) with contiguous rows, got {_layout(rows)}")
-    for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != rows.dtype:
-            raise TypeError(f"{cache_name} must have {name}'s dtype, {rows.dtype}, got {cache.dtype}")
-        if cache.dim() != 4 or cache.shape != k_cache.shape or cache.shape[3] != rows.shape[2]:
-            raise ValueError(f"{cache_name} must be (num_blocks, num_kv_heads, block_size, head_dim={rows.shape[2]}), "
-                             f"K like V, got {tuple(cache.shape)}")
-        if cache[:1].stride()[1:] != (cache.shape[2] * cache.shape[3], cache.shape[3], 1):
-            raise ValueError(f"{cache_name}'s blocks must each be contiguous, got {_layout(cache)}")
-    block_size, head_dim = k_cache.shape[2:]
-    for what, size, low in (("block_size", block_size, 8), ("head_dim", head_dim, 16)):
-        if size not in [low * 2**i for i in range(6)][: 6 if low == 8 else 5]:
-            raise ValueError(f"{what} must be a power of two from {low} to 256, got {size}")
+# What a kernel would read past, or silently misread, is refused before any launch.
 
 
 def _check_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
                  slots: torch.Tensor) -> None:
-    _check_cache(k, "k", k_cache, v_cache)
-    if v.shape != k.shape or v.dtype != k.dtype or v.stride(2) != 1:
-        raise ValueError(f"v must be like k, {_layout(k)} {k.dtype}, got {_layout(v)} {v.dtype}")
-    if k.shape[1] != k_cache.shape[1]:
-        raise ValueError(f"k has {k.shape[1]} heads, the cache has {k_cache.shape[1]}")
-    _check_index("slots", slots, (len(k),), torch.int64)
-    _check_devices(k=k, v=v, k_cache=k_cache, v_cache=v_cache, slots=slots)
+    _check_cache("k", k, k_cache, v_cache)
+    for name, rows in (("k", k), ("v", v)):
+        _check(name, rows, (len(k), k_cache.shape[1], k_cache.shape[3]), k_cache)
+    _check("slots", slots, (len(k),), k_cache, torch.int64)
 
 
 def _check_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
                      query_start: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    _check_cache(q, "q", k_cache, v_cache)
-    if q.shape[1] % k_cache.shape[1]:
-        raise ValueError(f"num_kv_heads must divide num_heads, got {k_cache.shape[1]} and {q.shape[1]}")
-    num_requests = len(seq_lens)
-    _check_index("seq_lens", seq_lens, (num_requests,), torch.int32)
-    _check_index("query_start", query_start, (num_requests + 1,), torch.int32)
-    _check_index("block_tables", block_tables, (num_requests, *block_tables.shape[1:2]), torch.int32)
-    _check_devices(q=q, k_cache=k_cache, v_cache=v_cache, block_tables=block_tables, query_start=query_start,
-                   seq_lens=seq_lens)
+    _check_cache("q", q, k_cache, v_cache)
+    if q.dim() != 3 or q.shape[1] % k_cache.shape[1]:
+        raise ValueError(f"num_kv_heads must divide num_heads, got {k_cache.shape[1]} and q {tuple(q.shape)}")
+    _check("q", q, (*q.shape[:2], k_cache.shape[3]), k_cache)
+    _check("seq_lens", seq_lens, (len(seq_lens),), k_cache, torch.int32)
+    _check("query_start", query_start, (len(seq_lens) + 1,), k_cache, torch.int32)
+    _check("block_tables", block_tables, (len(seq_lens), block_tables.shape[-1]), k_cache, torch.int32)
 
 
-def _check_index(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_cache(name: str, rows: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    if rows.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {rows.dtype}")
+    if k_cache.dim() != 4:
+        raise ValueError(f"k_cache must be (num_blocks, num_kv_heads, block_size, head_dim), got {tuple(k_cache.shape)}")
+    for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _check(cache_name, cache, tuple(k_cache.shape), k_cache, rows.dtype)
+        if not cache[:1].is_contiguous():
+            raise ValueError(f"{cache_name}'s blocks must each be contiguous, got strides {cache.stride()}")
+
+
+def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], cache: torch.Tensor,
+           dtype: torch.dtype | None = None) -> None:
+    """`tensor` has this shape, a contiguous last dimension, this dtype (None: the cache's), the cache's device."""
+    dtype = dtype or cache.dtype
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.shape != shape or (len(shape) and tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
-        raise ValueError(f"{name} must be {shape}, last dimension contiguous, got {_layout(tensor)}")
-
-
-def _check_devices(**tensors: torch.Tensor) -> None:
-    if len({tensor.device for tensor in tensors.values()}) > 1:
-        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"all tensors must be on one device, got {devices}")
-
-
-def _layout(tensor: torch.Tensor) -> str:
-    return f"shape {tuple(tensor.shape)} strides {tensor.stride()}"
+    if tuple(tensor.shape) != shape or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
+        raise ValueError(f"{name} must have shape {shape} and a contiguous last dimension, got shape "
+                         f"{tuple(tensor.shape)}, strides {tensor.stride()}")
+    if tensor.device != cache.device:
+        raise ValueError(f"{name} must be on the cache's device, {cache.device}, got {tensor.device}")

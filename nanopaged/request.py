@@ -18,9 +18,7 @@ from nanopaged.sampling_params import SamplingParams
 
 
 class RequestStatus(Enum):
-    """Where a request is. A preempted request waits again."""
-
-    WAITING = "waiting"
+    WAITING = "waiting"  # a preempted request waits again
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -39,25 +37,11 @@ class RequestMetrics:
 class Request:
     """One prompt on its way to becoming a continuation.
 
-    Args:
-        request_id: unique among the requests of one scheduler.
-        prompt_token_ids: at least one token id.
-        params: the user's wishes.
-        eos_token_id: the model's end-of-text id, if it has one.
-        seed: seeds this request's sampling.
+    `request_id` is unique in its scheduler, `eos_token_id` is the model's end of text, if it has one.
     """
 
-    __slots__ = ("request_id", "token_ids", "num_prompt_tokens", "params", "seed", "stop_token_ids", "max_length",
-                 "text", "pending", "block_table", "num_computed_tokens", "status", "finish_reason", "metrics")
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        eos_token_id: int | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams,
+                 eos_token_id: int | None = None, seed: int = 0) -> None:
         if not prompt_token_ids:
             raise ValueError("the prompt is empty: give at least one token to continue from")
         self.request_id = request_id
@@ -79,12 +63,10 @@ class Request:
 
     @property
     def output_token_ids(self) -> list[int]:
-        """The tokens generated so far."""
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_output_tokens(self) -> int:
-        """How many tokens were generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     def __repr__(self) -> str:

@@ -14,9 +14,6 @@ from collections.abc import Sequence
 import torch
 
 from nanopaged.request import Request
-from nanopaged.sampling_params import SamplingParams
-
-__all__ = ["SamplingParams", "sample", "uniform"]
 
 
 def uniform(seed: int, index: int) -> float:
@@ -28,12 +25,8 @@ def uniform(seed: int, index: int) -> float:
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """One token for each row.
 
-    Args:
-        logits: (num_rows, vocab_size), any float dtype.
-        requests: row i is sampled by the wishes and the seed of `requests[i]`.
-
-    Returns:
-        num_rows token ids. Reading them is where the host waits for the device.
+    `logits` is (num_rows, vocab_size), any float dtype; row i follows the wishes and the seed of
+    `requests[i]`. Reading the num_rows ids back is where the host waits for the device.
     """
     token_ids = logits.argmax(dim=-1)  # (num_rows,)
     rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
@@ -52,9 +45,8 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     return token_ids.tolist()
 
 
-def _draw(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, draws: torch.Tensor
-) -> torch.Tensor:
+def _draw(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
+          draws: torch.Tensor) -> torch.Tensor:
     """Draws from each row's filtered distribution; every argument has an entry for each row."""
     # Every row is sorted, whether or not it is filtered: the order in which the probabilities are
     # added up decides which token a draw lands on, and must not depend on the row's neighbours.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanopaged.validation import require_bool, require_int, require_number
+from nanopaged.validation import require_choice, require_int, require_number
 
 
 @dataclass(frozen=True)
@@ -34,33 +34,32 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     max_tokens: int = 16
-    stop: str | tuple[str, ...] | list[str] | None = ()
-    stop_token_ids: tuple[int, ...] | list[int] | None = ()
+    stop: str | tuple[str, ...] | list[str] | None = None
+    stop_token_ids: tuple[int, ...] | list[int] | None = None
     ignore_eos: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
         if require_int("n", self.n, 1) != 1:
             raise ValueError(f"n must be 1, got {self.n}: for several continuations add the request several times")
-        require_number("temperature", self.temperature, 0.0)
+        require_number("temperature", self.temperature, 0.0, 1e6)
         require_int("top_k", self.top_k, -1)
         if require_number("top_p", self.top_p, 0.0, 1.0) == 0.0:
             raise ValueError("top_p must be in (0, 1], got 0: for the likeliest token alone set temperature=0")
         require_int("max_tokens", self.max_tokens, 1)
-        require_bool("ignore_eos", self.ignore_eos)
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise TypeError(f"seed must be an int or None, got {self.seed!r} ({type(self.seed).__name__})")
-
+        require_choice("ignore_eos", self.ignore_eos, (True, False))
+        if self.seed is not None:
+            require_int("seed", self.seed)
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) for s in stop):
             raise TypeError(f"stop must be a str or a list of str, got {self.stop!r}")
         if "" in stop:
             raise ValueError("stop must not hold an empty string: every text ends with one")
-        stop_ids = () if self.stop_token_ids is None else self.stop_token_ids
-        if not isinstance(stop_ids, (tuple, list)):
-            raise TypeError(f"stop_token_ids must be a list of int, got {stop_ids!r}")
-        for token_id in stop_ids:
+        stop_token_ids = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(stop_token_ids, (tuple, list)):
+            raise TypeError(f"stop_token_ids must be a list of int, got {stop_token_ids!r}")
+        for token_id in stop_token_ids:
             require_int("stop_token_ids", token_id, 0)
         # The dataclass is frozen, so that requests may share one; this is its own constructor.
         object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(stop_ids))
+        object.__setattr__(self, "stop_token_ids", tuple(stop_token_ids))

@@ -49,6 +49,7 @@ class SchedulerStats:
     num_finished: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0  # asked for, in the prompts of admitted requests
+    prompt_hit_tokens: int = 0  # those of them that were shared instead of computed
     computed_tokens: int = 0  # every pass of a token through the model, recomputed ones again
     output_tokens: int = 0
 
@@ -58,23 +59,15 @@ class Scheduler:
 
     Args:
         allocator: the pool.
-        max_num_seqs: requests that may run together (seats).
-        max_num_batched_tokens: tokens computed in one step at most.
+        max_num_seqs, max_num_batched_tokens: requests (seats) and tokens in one step at most.
         max_model_len: longest prompt plus output, in tokens.
         watermark: share of the pool, from 0 to 1, that admission leaves free, so that those who
             run can grow a while before anybody must give way.
         clock: tells the time, in seconds; a simulation brings its own.
     """
 
-    def __init__(
-        self,
-        allocator: BlockAllocator,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
-        watermark: float = 0.01,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, allocator: BlockAllocator, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
+                 watermark: float = 0.01, clock: Callable[[], float] = time.monotonic) -> None:
         self.allocator = allocator
         self.max_num_seqs = require_int("max_num_seqs", max_num_seqs, 1)
         self.max_num_batched_tokens = require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
@@ -88,33 +81,25 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Puts a request at the end of the queue.
 
-        Raises:
-            ValueError: it could never run: the prompt leaves no room in the model's context, or
-                prompt and output do not fit the whole pool. Nothing is changed.
+        Raises ValueError, and changes nothing, where it could never run: the prompt leaves no room in
+        the model's context, or prompt and output do not fit the whole pool.
         """
         if request.num_prompt_tokens >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {request.num_prompt_tokens} tokens; with max_model_len={self.max_model_len} "
-                f"at most {self.max_model_len - 1} leave room for an output: shorten it"
-            )
+            raise ValueError(f"the prompt has {request.num_prompt_tokens} tokens; with max_model_len="
+                             f"{self.max_model_len} at most {self.max_model_len - 1} leave room for an output: shorten it")
         max_length = min(request.max_length, self.max_model_len)
         blocks = self._blocks_for(max_length - 1)  # the last token's K and V are never read
         if blocks > self.allocator.num_blocks:
-            raise ValueError(
-                f"the request can never fit: its {request.num_prompt_tokens} prompt tokens and up to "
-                f"{max_length - request.num_prompt_tokens} output tokens need {blocks} blocks of "
-                f"{self.allocator.block_size}, and the whole pool has {self.allocator.num_blocks}: "
-                "lower max_tokens, or raise num_blocks"
-            )
+            raise ValueError(f"the request can never fit: its {request.num_prompt_tokens} prompt tokens and up to "
+                             f"{max_length - request.num_prompt_tokens} output tokens need {blocks} blocks of "
+                             f"{self.allocator.block_size}, and the whole pool has {self.allocator.num_blocks}: "
+                             "lower max_tokens, or raise num_blocks")
         request.max_length = max_length
         request.metrics.arrival_time = self.clock()
         self.waiting[request.request_id] = request
 
     def has_unfinished(self) -> bool:
-        """Whether any request waits or runs."""
         return bool(self.running or self.waiting)
-
-    # Plan a step.
 
     def schedule(self) -> Step:
         """Plans the next step: running requests first, then as many waiting ones as fit.
@@ -191,6 +176,7 @@ class Scheduler:
             request.metrics.prefix_hit_tokens += request.num_computed_tokens
             if request.metrics.preemptions == 0:
                 self.stats.prompt_tokens += request.num_prompt_tokens
+                self.stats.prompt_hit_tokens += request.num_computed_tokens
 
             end = min(known, request.num_computed_tokens + budget)
             while len(request.block_table) * allocator.block_size < end:
@@ -204,15 +190,11 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.allocator.block_size)
 
-    # Record a step.
-
     def update(self, step: Step, token_ids: Sequence[int], stopped: Container[str] = ()) -> None:
         """Records that a step's tokens were computed, and what was sampled.
 
-        Args:
-            step: the plan that was carried out.
-            token_ids: one sampled token for each of `step.sampled()`, in that order.
-            stopped: ids of requests whose text reaches a stop string with this token.
+        `token_ids` has one token for each of `step.sampled()`, in that order; `stopped` the ids of
+        requests whose text reaches a stop string with it.
         """
         allocator, block_size = self.allocator, self.allocator.block_size
         next_token = iter(token_ids)
@@ -232,11 +214,9 @@ class Scheduler:
             request.token_ids.append(token)
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = self.clock()
-            if token in request.stop_token_ids or request.request_id in stopped:
-                self._finish(request, "stop")
-                finished = True
-            elif end + 1 == request.max_length:
-                self._finish(request, "length")
+            stop = token in request.stop_token_ids or request.request_id in stopped
+            if stop or end + 1 == request.max_length:
+                self._finish(request, "stop" if stop else "length")
                 finished = True
         self.stats.num_steps += 1
         self.stats.computed_tokens += sum(step.num_tokens)
@@ -268,16 +248,11 @@ class Scheduler:
         self._finish(request, "abort")
 
     def check_invariants(self) -> None:
-        """Checks the pool against every block table, and each table against its request; O(pool).
-
-        Raises:
-            InvariantError: with the first thing that is wrong.
-        """
+        """Checks the pool against every block table, and each table against its request; O(pool)."""
         everyone = [*self.running, *self.waiting.values()]
         self.allocator.check_invariants([request.block_table for request in everyone])
-        for request in self.waiting.values():
-            if request.block_table or request.num_computed_tokens:
-                raise InvariantError(f"{request} waits, yet holds blocks or computed tokens")
         for request in everyone:
             if len(request.block_table) < self._blocks_for(request.num_computed_tokens):
                 raise InvariantError(f"{request} has computed more tokens than its blocks hold")
+            if request.block_table and request.status is not RequestStatus.RUNNING:
+                raise InvariantError(f"{request} holds blocks, but does not run")

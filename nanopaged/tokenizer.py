@@ -15,11 +15,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's 50,257 ids; tiktoken downloads the vocabulary once and caches it.
-
-    Raises:
-        RuntimeError: the vocabulary is neither cached nor to be had; says what to set.
-    """
+    """GPT-2's 50,257 ids; tiktoken downloads the vocabulary once. RuntimeError if it is not to be had."""
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # tiktoken lets its HTTP library's own exceptions through
@@ -40,12 +36,15 @@ def byte_encoding() -> tiktoken.Encoding:
     )
 
 
-class Tokenizer:
-    """A tiktoken encoding, with streaming.
+def tokenizer_for(vocab_size: int, download: bool) -> Tokenizer | None:
+    """The tokenizer that a model's vocabulary tells of; None where it tells of none."""
+    if vocab_size == 257:
+        return Tokenizer(byte_encoding())
+    return Tokenizer(gpt2_encoding()) if vocab_size == 50257 and download else None
 
-    Args:
-        encoding: any encoding that is byte-level, as tiktoken's all are.
-    """
+
+class Tokenizer:
+    """A tiktoken encoding, with streaming."""
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
@@ -53,7 +52,7 @@ class Tokenizer:
         self.eos_token_id = encoding.eot_token
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text. Special tokens are not looked for: what a user types is only text."""
+        """The ids of a text; what looks like a special token is text. ValueError for a lone surrogate."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -63,20 +62,11 @@ class Tokenizer:
             ) from None
         return self._encoding.encode_ordinary(text)
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 become the replacement character."""
-        return self._encoding.decode(token_ids)
-
     def stream(self, pending: bytes, token_id: int) -> tuple[str, bytes]:
-        """One more token of a stream.
+        """One more token: the whole characters there are, and the beginning of the next.
 
-        Args:
-            pending: the beginning of a character that the tokens before have left; b"" at first.
-            token_id: the next id.
-
-        Returns:
-            The whole characters there are, and what is pending after them. Nothing is stored here,
-            so a token that is streamed twice gives the same answer twice.
+        `pending` is what the token before left, b"" at first. Nothing is stored here, so a token
+        that is streamed twice gives the same answer twice.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         text = decoder.decode(pending + self._encoding.decode_single_token_bytes(token_id))
