@@ -154,7 +154,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="copycat", help="copycat, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt to continue; repeat it for more")
-    parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help="tokens to generate (default: 32)")
+    parser.add_argument("--max-tokens", type=int, default=24, metavar="N", help="tokens to generate (default: 24)")
     parser.add_argument("--num-blocks", type=int, metavar="N", help="blocks in the pool (default: 200 for the story, "
                         "else from the memory there is)")
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default: 16)")

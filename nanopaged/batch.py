@@ -52,11 +52,9 @@ class Batch:
         longest = max(len(request.block_table) for request in step.requests)
         block_tables = [request.block_table + [0] * (longest - len(request.block_table)) for request in step.requests]
 
-        def int64(values: list) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+        def tensor(values: list, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
 
-        def int32(values: list) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        return cls(int64(token_ids), int64(positions), int64(slots), int32(query_start), int32(seq_lens),
-                   int32(block_tables), max(step.num_tokens), int64(logits_rows))
+        return cls(tensor(token_ids), tensor(positions), tensor(slots), tensor(query_start, torch.int32),
+                   tensor(seq_lens, torch.int32), tensor(block_tables, torch.int32), max(step.num_tokens),
+                   tensor(logits_rows))

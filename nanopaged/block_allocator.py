@@ -16,10 +16,9 @@ Every block is in exactly one of three states:
 
 Prefix sharing is exact. A full block is *published* under the key (identity of its parent, its own
 tokens). A dict compares keys, not only hashes, and an identity is never given twice, so a block is
-found only by a request whose whole beginning is equal, token for token. Following keys from the
-root walks a tree, like RadixAttention's (Zheng et al., 2023), held in one dict.
-
-Every operation is O(1) for each block; only `check_invariants` walks the pool.
+found only by a request whose whole beginning is equal, token for token. The keys make a tree, like
+RadixAttention's (Zheng et al., 2023). Every operation is O(1) for each block; only
+`check_invariants` walks the pool.
 """
 
 from __future__ import annotations

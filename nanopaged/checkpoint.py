@@ -1,9 +1,8 @@
 """Where do weights come from, and can they be trusted?
 
 A checkpoint is a dict of named tensors, in Hugging Face's layout of OpenAI's GPT-2. It is read
-without running any code that a file may carry (`weights_only=True`), mapped into memory rather than
-copied where the format allows, and every tensor's name and shape is checked before the model is
-built, so that a wrong file names what is wrong with it.
+without running any code that a file may carry (`weights_only=True`), mapped rather than copied where
+the format allows, and every name and shape is checked, so that a wrong file says what is wrong.
 """
 
 from __future__ import annotations
@@ -22,12 +21,9 @@ logger = logging.getLogger(__name__)
 
 URL = "https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
 GPT2_EOS = 50256
-PUBLISHED = {
-    "gpt2": GPT2Config(n_embd=768, n_layer=12, n_head=12, eos_token_id=GPT2_EOS),
-    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16, eos_token_id=GPT2_EOS),
-    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20, eos_token_id=GPT2_EOS),
-    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25, eos_token_id=GPT2_EOS),
-}
+PUBLISHED = {name: GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64, eos_token_id=GPT2_EOS)
+             for name, n_layer, n_embd in (("gpt2", 12, 768), ("gpt2-medium", 24, 1024), ("gpt2-large", 36, 1280),
+                                           ("gpt2-xl", 48, 1600))}
 SHA256 = {"gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pt")
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored (in, out), the transpose of Linear's

@@ -1,17 +1,16 @@
 """Can a GPT-2 be useful with no training at all?
 
-Copycat is a GPT-2 whose weights are written by hand. It continues a text by copying what followed
-the same last 16 bytes earlier in its context: an induction circuit (Olsson et al., 2022), done on
-purpose. It needs no download, and its right answer is known, so a KV cache that mixes up a single
-block shows in the text.
+Copycat's weights are written by hand. It continues a text by copying what followed the same last 16
+bytes earlier in its context: an induction circuit (Olsson et al., 2022), done on purpose. Its right
+answer is known, so a KV cache that mixes up a single block shows in the text.
 
 **Codes.** A token is nine signs: the eight bits of its byte as +1 and -1, and a ninth that only
 the end of text has. A position is PAIRS angles, each growing with the position at a frequency of
 its own. Moving k positions back turns angle f by k * f: a rotation, which the query's weights can
 do. The frequencies are irregular (f * f * sqrt(2), modulo one), since evenly spaced ones come round
-together and then two positions look alike: of any two, the codes' product is 112 where they are the
-same and below 37 everywhere else. Every number stands beside its negative: the mean of a row is
-zero and its length is known, so LayerNorm only divides by a constant, which the weights undo.
+together: the product of two positions' codes is 112 for equal ones, below 37 for all others. Every
+number stands beside its negative: the mean of a row is zero and its length is known, so LayerNorm
+only divides by a constant, which the weights undo.
 
 **The row.** 1,024 numbers, cut into fields:
 

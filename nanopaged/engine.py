@@ -4,9 +4,8 @@
                           ^                                                        │
                           └────────────────── until all have finished ─────────────┘
 
-A step computes first and records last: whatever raises on the way (the model, the sampler, the
-tokenizer), nothing has changed but a few blocks that were taken early, so the step can be repeated,
-or its requests aborted.
+A step computes first and records last: whatever raises on the way (model, sampler, tokenizer), only
+a few blocks were taken early, so the step can be repeated, or its requests aborted.
 """
 
 from __future__ import annotations
@@ -99,8 +98,7 @@ class LLM:
             useful = max_num_seqs * -(-max_model_len // block_size)  # all seats taken, at full length
             fitting = self._free_bytes(gpu_memory_utilization, max_num_seqs, max_num_batched_tokens) // block_bytes
             num_blocks = min(useful, max(fitting, 1))
-        allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching)
-        self.scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, max_model_len, watermark)
+        require_int("num_blocks", num_blocks, 1, 2**31 - 1)  # block tables are int32
         pool = f"{num_blocks} blocks of {block_size} tokens, {num_blocks * block_bytes / 2**20:.1f} MiB on {self.device}"
         logger.info("KV cache: %s", pool)
         shape = (config.n_layer, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
@@ -108,6 +106,8 @@ class LLM:
             self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             raise ValueError(f"there is no memory for a KV cache of {pool}: lower num_blocks") from error
+        allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching)
+        self.scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, max_model_len, watermark)
         self._num_added = 0
         self._requests: dict[str, Request] = {}  # unfinished ones
         self._news: dict[str, Request] = {}  # gained tokens that no output has reported yet
@@ -139,7 +139,7 @@ class LLM:
 
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns every request that gained tokens, in it or while `generate` ran for others."""
-        if self.scheduler.has_unfinished():
+        if self._requests:
             self._advance()
         outputs = [self._output(request) for request in self._news.values()]
         self._news.clear()
@@ -194,7 +194,7 @@ class LLM:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, (list, tuple)) or any(isinstance(prompt, int) for prompt in prompts):
             raise TypeError("prompts must be a str, or a list of str and of lists of token ids ([[1, 2, 3]] is one "
-                            f"prompt of three), got {type(prompts).__name__}")
+                            f"prompt of three tokens), got {prompts!r:.80}")
         if not isinstance(sampling_params, (list, tuple)):
             sampling_params = [sampling_params] * len(prompts)
         if len(sampling_params) != len(prompts):
@@ -223,10 +223,7 @@ class LLM:
         return [self._output(request) for request in mine]
 
     def abort_request(self, request_id: str) -> RequestOutput:
-        """Ends a request; its blocks go back. Returns what it had come to, with finish_reason "abort".
-
-        Raises ValueError where no unfinished request has this id.
-        """
+        """Ends an unfinished request; its blocks go back. Returns what it came to, with finish_reason "abort"."""
         if request_id not in self._requests:
             raise ValueError(f"no unfinished request has the id {request_id!r}")
         request = self._requests.pop(request_id)
@@ -240,9 +237,9 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Plain numbers, at this moment and since the start."""
-        waiting, running = len(self.scheduler.waiting), len(self.scheduler.running)
-        return EngineStats(num_waiting=waiting, num_running=running,
-                           **asdict(self.scheduler.allocator.stats()), **asdict(self.scheduler.stats))
+        scheduler = self.scheduler
+        return EngineStats(num_waiting=len(scheduler.waiting), num_running=len(scheduler.running),
+                           **asdict(scheduler.allocator.stats()), **asdict(scheduler.stats))
 
     def _free_bytes(self, utilization: float, max_num_seqs: int, max_num_batched_tokens: int) -> int:
         if self.device.type == "cpu":
@@ -257,10 +254,9 @@ class LLM:
         return int(free - (1 - utilization) * total - step)
 
 
-def _show_progress(line: str) -> None:  # on a terminal only
+def _show_progress(line: str) -> None:
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _resolve_device(device: str) -> torch.device:

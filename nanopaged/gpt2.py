@@ -2,12 +2,10 @@
 
 OpenAI's architecture (Radford et al., 2019): learned positions, LayerNorm before each sublayer
 (pre-norm), GELU by its tanh approximation, and the token embedding used again as the output head.
-Parameters have the checkpoint's names (`wte`, `h.0.attn.c_attn`, ...), so the two can be read side
-by side.
+Parameters have the checkpoint's names (`wte`, `h.0.attn.c_attn`, ...).
 
-The model is written twice. `dense` is GPT-2 with no cache at all, and everything else in this
-project must agree with it. `forward` is the same function of a ragged batch over a paged KV cache:
-only the attention differs, which writes K and V into the cache and reads the context back from it.
+The model is written twice. `dense` is GPT-2 with no cache at all: everything else must agree with it.
+`forward` is the same function of a ragged batch; only its attention reads from a paged KV cache.
 """
 
 from __future__ import annotations
@@ -25,10 +23,8 @@ from nanopaged.validation import require_int
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The model's shape; the fields and defaults are those of the checkpoint's config.json.
-
-    `n_kv_head`, for experiments with grouped-query attention, is our own: None is one K and V head
-    for each query head, as in GPT-2. `n_inner`: width of the MLP, None is 4 * n_embd.
+    """The model's shape; fields and defaults are those of the checkpoint's config.json, but for `n_kv_head`:
+    K and V heads, for experiments with grouped-query attention; None is `n_head`, as in GPT-2.
     """
 
     vocab_size: int = 50257
@@ -37,7 +33,7 @@ class GPT2Config:
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int | None = None
-    n_inner: int | None = None
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     layer_norm_epsilon: float = 1e-5
     eos_token_id: int | None = None  # ends a generation; None: nothing does
 
@@ -59,9 +55,7 @@ class GPT2Config:
         return self.n_kv_head or self.n_head
 
 
-class Attention(nn.Module):
-    """The projections around attention; attention itself is the caller's."""
-
+class Attention(nn.Module):  # the projections around attention; attention itself is the caller's
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.head_counts = (config.n_head, config.num_kv_heads, config.num_kv_heads)

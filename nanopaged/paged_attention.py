@@ -3,13 +3,11 @@
 Two operations, each as a Triton kernel and as a torch reference with the same signature: `write_kv`
 puts the K and V of a step's tokens into their slots, `paged_attention` reads them through the tables.
 
-The batch is ragged: request i has `query_start[i + 1] - query_start[i]` rows, one (decode) or many
-(a chunk of a prompt), which are the *last* tokens of its `seq_lens[i]`. Row r of n attends to
-positions 0 .. seq_lens[i] - n + r.
-
-The cache of a layer is a pair of tensors (num_blocks, num_kv_heads, block_size, head_dim). One
-head's keys of one block lie together, so a program, which works on one head, reads whole runs of
-block_size * head_dim elements.
+The batch is ragged: request i has `query_start[i + 1] - query_start[i]` rows, one (decode) or many (a
+chunk of a prompt), the *last* of its `seq_lens[i]` tokens. Row r of n attends to positions 0 up to
+seq_lens[i] - n + r. A layer's cache is a pair of tensors (num_blocks, num_kv_heads, block_size,
+head_dim): one head's keys of one block lie together, so a program, which works on one head, reads
+whole runs of block_size * head_dim elements.
 
 The kernel is FlashAttention's online softmax (Dao et al., 2022; Milakov and Gimelshein, 2018) with
 one step of indirection, the page table, before each load (Kwon et al., SOSP 2023, section 4.1). A
@@ -147,7 +145,7 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), k_cache.stride(0), v_cache.stride(0),
         block_tables.stride(0),
         GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE_Q=tile_q, TILE_ROWS=tile_rows, TILE_KV=kv_tile(head_dim, q.dtype),
+        TILE_Q=tile_q, TILE_ROWS=tile_rows, TILE_KV=max(16, min(64, 16384 // (head_dim * q.element_size()))),
         # A tensor on the CPU means Triton's interpreter, whose dot takes bfloat16's bits for integers.
         WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
     )
@@ -162,17 +160,12 @@ LOG2_E = 1.4426950408889634  # the kernel's exponentials are powers of two, whic
 def query_tile(group: int, max_query_len: int) -> tuple[int, int]:
     """(rows, query tokens) of a program's tile.
 
-    A row is one query head of one token, and the `group` heads that share K and V are in one tile,
-    so a block is read once for all of them. A matrix product on tensor cores has at least 16 rows.
+    A row is one query head of one token. The `group` heads that share K and V are in one tile, so a
+    block is read once for all of them. A matrix product on tensor cores has at least 16 rows.
     """
     most_rows = 16 if max_query_len == 1 else 64
     rows = max(16, triton.next_power_of_2(group), min(most_rows, triton.next_power_of_2(group * max_query_len)))
     return rows, rows // group
-
-
-def kv_tile(head_dim: int, dtype: torch.dtype) -> int:
-    """Context tokens that a program reads at a time: 16 KB of K, within what fits in registers."""
-    return max(16, min(64, 16384 // (head_dim * dtype.itemsize)))
 
 
 jit = triton.jit if triton is not None else lambda function: function  # so that this file can be read anywhere

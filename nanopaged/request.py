@@ -5,8 +5,8 @@
                  0                                               ^            ^
                                              num_computed_tokens ┘            └ len(token_ids)
 
-Prefill and decode are not two kinds of request: each step computes some of the tokens that are
-known but not computed. Right after a prompt arrives these are many; later it is the newest one.
+Each step computes some of the tokens that are known but not computed. Right after a prompt arrives
+these are many (prefill); later it is the newest one (decode).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Which token comes next?
 
-One vectorised pass over the rows of a batch. Each row is drawn with one uniform number by inverting
-its cumulative distribution, and that number is a pure function of the request's seed and of how
-many tokens it has: so a request's tokens do not depend on what runs beside it, and a step that is
-repeated after a preemption or a fault draws the same token again.
+Each row of a batch is drawn with one uniform number, by inverting its cumulative distribution. The
+number is a pure function of the request's seed and of how many tokens it has: so the token does not
+depend on what runs beside it, and a step that is repeated after a fault draws the same one again.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         token_ids[rows] = _draw(
             logits[rows],
             temperature=logits.new_tensor([p.temperature for p in params], dtype=torch.float32),
-            top_k=torch.tensor([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params],
-                               device=logits.device),
+            top_k=logits.new_tensor([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params],
+                                    dtype=torch.int64),
             top_p=logits.new_tensor([p.top_p if p.top_p < 1 else torch.inf for p in params], dtype=torch.float32),
             draws=logits.new_tensor(draws, dtype=torch.float32),
         )

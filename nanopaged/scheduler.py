@@ -10,9 +10,9 @@ the budget allows, so a long prompt is cut into chunks and computed while others
                         ↑└──── the youngest: the first to give way when the pool is full
     waiting   [E, F, ...]       in order of arrival; E is admitted before F, preempted ones re-enter in front
 
-`schedule` plans a step and takes the blocks that it writes; the engine runs the model; `update`
-records what was computed. A plan that was not carried out (the model raised) leaves nothing half
-done: the requests hold a few blocks early, and the next `schedule` plans the same work again.
+`schedule` plans a step and takes the blocks that it writes, the engine runs the model, `update`
+records what was computed. After a plan that was not carried out (the model raised) the requests
+hold a few blocks early, and the next `schedule` plans the same work again.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class Step:
     num_tokens: list[int] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)  # gave way while this plan was made
 
-    def sampled(self) -> list[Request]:
-        """Those whose last known token is computed in this step, so that a next one can be sampled."""
+    def sampled(self) -> list[Request]:  # those whose last known token is computed, so that a next one can be drawn
         return [request for request, n in zip(self.requests, self.num_tokens)
                 if request.num_computed_tokens + n == len(request.token_ids)]
 
@@ -98,14 +97,11 @@ class Scheduler:
         request.metrics.arrival_time = self.clock()
         self.waiting[request.request_id] = request
 
-    def has_unfinished(self) -> bool:
-        return bool(self.running or self.waiting)
-
     def schedule(self) -> Step:
         """Plans the next step: running requests first, then as many waiting ones as fit.
 
-        Empty only when no request is left: the oldest running request always advances, since it
-        alone fits the pool (see `add`) and everybody else gives way to it.
+        The oldest running request always advances: alone it fits the pool (see `add`), and
+        everybody else gives way to it.
         """
         step = Step()
         budget = self.max_num_batched_tokens
@@ -143,8 +139,7 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to the front of the queue, with nothing computed. Its full blocks stay findable for
-        as long as nobody needs them, so resuming may be cheap (vLLM paper, section 4.5)."""
+        """Back to the front of the queue, to recompute later (vLLM paper, section 4.5); full blocks stay findable."""
         self.allocator.give_back_all(request.block_table)
         request.num_computed_tokens = 0
         request.status = RequestStatus.WAITING

@@ -1,8 +1,7 @@
 """Text to ids, ids to text.
 
-GPT-2's ids are tiktoken's `gpt2` encoding; copycat's ids are bytes, as an encoding built on the
-spot. Both encode any text, and an id always stands for the same bytes. A character may be spread
-over several ids, so text is streamed byte-wise and shown only up to the last whole character.
+GPT-2's ids are tiktoken's `gpt2` encoding; copycat's are bytes, as an encoding built on the spot. A
+character may be spread over several ids, so text is shown only up to the last whole character.
 """
 
 from __future__ import annotations
@@ -28,12 +27,8 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
 def byte_encoding() -> tiktoken.Encoding:
     """257 ids: a byte is its own id, and 256 ends the text. Needs no download."""
-    return tiktoken.Encoding(
-        name="bytes",
-        pat_str=r"(?s:.)",  # one character at a time; with no merges, each byte is a token
-        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-        special_tokens={END_OF_TEXT: 256},
-    )
+    ranks = {bytes([byte]): byte for byte in range(256)}  # no merges, so each byte is a token
+    return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
 
 
 def tokenizer_for(vocab_size: int, download: bool) -> Tokenizer | None:

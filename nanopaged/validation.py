@@ -1,7 +1,6 @@
 """Is an argument what it must be? Checked where it enters, so that a fault names itself.
 
-Each function returns its value, or raises TypeError (wrong kind) or ValueError (wrong size) with the
-argument's name, what was given and what is allowed.
+Each function returns its value, or raises TypeError (wrong kind) or ValueError (wrong size).
 """
 
 from __future__ import annotations

@@ -1,0 +1,93 @@
+"""The demonstration, run as a user runs it: as a process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train_free_demo
+
+DEMO = Path(train_free_demo.__file__)
+
+
+def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, DEMO, *arguments], capture_output=True, text=True, env=environment)
+
+
+def test_with_no_arguments_every_continuation_matches_and_sharing_mattered() -> None:
+    result = run_demo()
+    assert result.returncode == 0, result.stderr
+    assert "32/32 continuations match the document" in result.stdout
+
+    def figure(name: str) -> int:
+        return int(re.search(rf"^ *{name} +(\d+)", result.stdout, re.MULTILINE)[1])
+
+    assert figure("prompt tokens computed") * 10 < figure("prompt tokens asked for")
+    assert figure("peak blocks used") * 10 < figure("contiguous reservation")
+    assert figure("preemptions") > 0
+    arrivals = re.findall(r"step +(\d+): request \d+ arrives", result.stdout)
+    assert len(arrivals) == 32 and len(set(arrivals)) > 5, "some were to arrive while others run"
+
+
+def test_a_wrong_continuation_is_reported_and_fails(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    jobs = train_free_demo.story_jobs(3, 8, seed=0)
+    jobs[1].expected = "nonsense"
+    monkeypatch.setattr(train_free_demo, "story_jobs", lambda *_: jobs)
+    assert train_free_demo.main(["--max-tokens", "8", "--device", "cpu"]) == 1
+    assert "2/3 continuations match" in capsys.readouterr().out
+
+
+def test_prompts_of_ones_own_are_continued() -> None:
+    result = run_demo("--prompt", "one two three, one two", "--prompt", "abcabcabc", "--max-tokens", "6",
+                      "--block-size", "8", "--num-blocks", "20", "--device", "cpu", "--attention", "torch",
+                      "--temperature", "0.1", "--seed", "3")
+    assert result.returncode == 0, result.stderr
+    assert "one two three, one two three\n" in result.stdout.replace(", one two three, ", ", one two three\n")
+    assert "abcabcabcabcabc" in result.stdout
+    assert re.search(r"tokens generated +12\b", result.stdout) and re.search(r"peak blocks used +\d+ of 20", result.stdout)
+
+
+def test_the_picture_shows_every_block_and_whose_it_is(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    jobs = train_free_demo.story_jobs(3, 8, seed=0)
+    monkeypatch.setattr(train_free_demo, "story_jobs", lambda *_: jobs)
+    assert train_free_demo.main(["--max-tokens", "8", "--num-blocks", "150", "--device", "cpu"]) == 0
+    frames = re.split(r"step \d+: ", capsys.readouterr().out)
+    together = [frame for frame in frames if frame.startswith("3 running")]
+    assert together, frames
+    picture = "".join(re.findall(r"\|(.*)\|", together[0]))
+    assert len(picture) == 150
+    assert picture.count("#") == int(re.search(r"(\d+) of them shared", together[0])[1]) > 100
+    assert {"a", "b", "c"} <= set(picture)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--num-blocks", "20"], "can never fit"),
+    (["--block-size", "12"], "power of two"),
+    (["--max-tokens", "0"], "max_tokens must be at least 1"),
+    (["--max-tokens", "many"], "invalid int value"),
+    (["--temperature", "nan"], "temperature must be finite"),
+    (["--model", "nonsense"], "unknown model 'nonsense'"),
+    (["--attention", "magic"], "attention must be one of"),
+    (["--device", "cuda:77"], "CUDA devices"),
+    (["--prompt", ""], "the prompt is empty"),
+])
+def test_a_wrong_argument_gets_one_clear_line_and_status_2(arguments: list[str], words: str, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train_free_demo.main(arguments)
+    assert exit_info.value.code == 2
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in last_line
+
+
+def test_help_names_every_option() -> None:
+    result = run_demo("--help")
+    assert result.returncode == 0
+    for option in ("--model", "--prompt", "--max-tokens", "--num-blocks", "--block-size", "--device", "--attention",
+                   "--temperature", "--seed"):
+        assert option in result.stdout

@@ -1,0 +1,188 @@
+"""Does the model compute GPT-2, and is a paged step the same function as no cache at all?
+
+The judge from outside is tests/data/gpt2_reference.pt: a random GPT-2 and its logits as Hugging
+Face's transformers computes them. Inside, `dense` judges the paged `forward`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanopaged.batch import Batch
+from nanopaged.checkpoint import from_state_dict
+from nanopaged.gpt2 import GPT2, GPT2Config
+from nanopaged.paged_attention import TORCH
+from nanopaged.request import Request
+from nanopaged.sampling_params import SamplingParams
+from nanopaged.scheduler import Step
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 8
+TOLERANCE = {"atol": 3e-5, "rtol": 0.0}  # the reference's logits go up to 7.4
+REFERENCE = torch.load(Path(__file__).parent / "data" / "gpt2_reference.pt", weights_only=True)
+TOKENS, LOGITS = REFERENCE["token_ids"], REFERENCE["logits"]
+TINY = GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=2, n_head=4, n_inner=80)
+
+
+@pytest.fixture(scope="module")
+def reference_model() -> GPT2:
+    fields = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+    config = GPT2Config(**{field: REFERENCE["config"][field] for field in fields})
+    return from_state_dict(REFERENCE["state"], config, "the reference")
+
+
+def random_model(config: GPT2Config, seed: int) -> GPT2:
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT2(config).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + noise if "ln_" in name and name.endswith("weight") else noise)
+    return model
+
+
+class Pool:
+    """A model with a cache. What no step has written is NaN, so that reading it shows in the logits."""
+
+    def __init__(self, model: GPT2, num_blocks: int, rng: random.Random) -> None:
+        config = model.config
+        self.model = model
+        self.cache = torch.full(
+            (config.n_layer, 2, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim), torch.nan
+        )
+        self.free = rng.sample(range(num_blocks), num_blocks)  # in no order: a block's place tells nothing
+
+    def request(self, token_ids: list[int]) -> Request:
+        request = Request("any", token_ids, SamplingParams())
+        request.block_table = [self.free.pop() for _ in range(-(-len(token_ids) // BLOCK_SIZE))]
+        return request
+
+    def step(self, requests: list[Request], num_tokens: list[int], every_row: bool = False) -> torch.Tensor:
+        """The step's logits: of the rows that are sampled, or of every row."""
+        batch = Batch.from_step(Step(requests, num_tokens), BLOCK_SIZE, CPU)
+        if every_row:
+            batch = replace(batch, logits_rows=torch.arange(len(batch.token_ids)))
+        logits = self.model(batch, self.cache, TORCH)
+        for request, n in zip(requests, num_tokens):
+            request.num_computed_tokens += n
+        return logits
+
+
+def chunks_of(total: int, size: int) -> list[int]:
+    return [min(size, total - start) for start in range(0, total, size)]
+
+
+def test_dense_gives_the_logits_of_hugging_face(reference_model: GPT2) -> None:
+    torch.testing.assert_close(reference_model.dense(TOKENS), LOGITS, **TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk", [48, 1, 5, 8, 17])
+def test_paged_forward_gives_the_logits_of_hugging_face_in_chunks_of(reference_model: GPT2, chunk: int) -> None:
+    pool = Pool(reference_model, 10, random.Random(chunk))
+    request = pool.request(TOKENS.tolist())
+    logits = [pool.step([request], [n], every_row=True) for n in chunks_of(len(TOKENS), chunk)]
+    torch.testing.assert_close(torch.cat(logits), LOGITS, **TOLERANCE)
+
+
+def test_a_prompt_and_then_one_token_at_a_time_gives_the_logits_of_hugging_face(reference_model: GPT2) -> None:
+    pool = Pool(reference_model, 6, random.Random(0))
+    request = pool.request(TOKENS.tolist())
+    request.token_ids = request.token_ids[:13]
+    logits = [pool.step([request], [13])]
+    for token_id in TOKENS.tolist()[13:]:
+        request.token_ids.append(token_id)
+        logits.append(pool.step([request], [1]))
+    torch.testing.assert_close(torch.cat(logits), LOGITS[12:], **TOLERANCE)
+
+
+@pytest.mark.parametrize("n_kv_head", [None, 1, 2, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_ragged_mix_gives_each_request_its_dense_logits(n_kv_head: int | None, seed: int) -> None:
+    rng = random.Random(seed)
+    pool = Pool(random_model(replace(TINY, n_kv_head=n_kv_head), seed), 48, rng)
+    requests = [pool.request([rng.randrange(TINY.vocab_size) for _ in range(rng.randint(1, TINY.n_positions))])
+                for _ in range(5)]
+    got: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(requests))}
+    while unfinished := [i for i, r in enumerate(requests) if r.num_computed_tokens < len(r.token_ids)]:
+        chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
+        num_tokens = [rng.choice((1, rng.randint(1, len(requests[i].token_ids) - requests[i].num_computed_tokens)))
+                      for i in chosen]
+        logits = pool.step([requests[i] for i in chosen], num_tokens, every_row=True)
+        for i, rows in zip(chosen, logits.split(num_tokens)):
+            got[i].append(rows)
+    for i, request in enumerate(requests):
+        dense = pool.model.dense(torch.tensor(request.token_ids))
+        torch.testing.assert_close(torch.cat(got[i]), dense, **TOLERANCE,
+                                   msg=lambda m, i=i: f"seed {seed}, n_kv_head {n_kv_head}, request {i}: {m}")
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_a_grouped_model_is_the_full_one_with_each_key_and_value_head_repeated(n_kv_head: int) -> None:
+    grouped = random_model(replace(TINY, n_kv_head=n_kv_head), seed=0)
+    full = GPT2(TINY).requires_grad_(False)
+    state = grouped.state_dict()
+    for name in [name for name in state if ".c_attn." in name]:
+        q, k, v = state[name].split([64, 16 * n_kv_head, 16 * n_kv_head])
+        k, v = (heads.unflatten(0, (n_kv_head, 16)).repeat_interleave(4 // n_kv_head, 0).flatten(0, 1)
+                for heads in (k, v))
+        state[name] = torch.cat([q, k, v])
+    full.load_state_dict(state)
+    tokens = torch.arange(40) * 7 % TINY.vocab_size
+    torch.testing.assert_close(grouped.dense(tokens), full.dense(tokens), **TOLERANCE)
+
+
+def test_logits_are_computed_only_for_requests_whose_last_token_is_in_the_step() -> None:
+    pool = Pool(random_model(TINY, seed=1), 20, random.Random(1))
+    first, cut_off, last = (pool.request([(i + 1) * k % TINY.vocab_size for k in range(20)]) for i in range(3))
+    logits = pool.step([first, cut_off, last], [20, 19, 20])
+    assert logits.shape == (2, TINY.vocab_size)
+    for row, request in zip(logits, (first, last)):
+        torch.testing.assert_close(row, pool.model.dense(torch.tensor(request.token_ids))[-1], **TOLERANCE)
+    assert pool.step([cut_off], [1]).shape == (1, TINY.vocab_size)
+
+
+def test_a_step_in_which_no_prompt_ends_has_no_logits() -> None:
+    pool = Pool(random_model(TINY, seed=2), 4, random.Random(2))
+    assert pool.step([pool.request(list(range(10)))], [9]).shape == (0, TINY.vocab_size)
+
+
+def test_a_step_writes_nothing_but_its_own_slots() -> None:
+    pool = Pool(random_model(TINY, seed=3), 8, random.Random(3))
+    request = pool.request(list(range(20)))
+    pool.step([request], [19])
+    before = pool.cache.clone()
+    pool.step([request], [1])
+    changed = (pool.cache.nan_to_num() != before.nan_to_num()).any(dim=(0, 1, 3, 5)).nonzero()  # (block, place)
+    assert changed.tolist() == [[request.block_table[2], 3]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "words"),
+    [
+        *[(field, 0, ValueError, "at least 1") for field in
+          ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "n_inner")],
+        *[(field, "12", TypeError, "must be an int") for field in ("vocab_size", "n_head", "n_kv_head", "n_inner")],
+        ("n_layer", True, TypeError, "must be an int"),
+        ("n_embd", 768.0, TypeError, "must be an int"),
+        ("n_head", None, TypeError, "must be an int"),
+        ("n_head", 7, ValueError, "n_head must divide n_embd, got n_head=7, n_embd=768"),
+        ("n_kv_head", 5, ValueError, "n_kv_head must divide n_head, got n_kv_head=5, n_head=12"),
+        ("n_kv_head", 24, ValueError, "n_kv_head must divide n_head"),
+    ],
+)
+def test_a_config_that_cannot_be_names_its_field(field: str, value: object, error: type, words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        GPT2Config(**{field: value})
+    assert field in str(caught.value)
+
+
+def test_the_default_config_is_gpt2_small() -> None:
+    config = GPT2Config()
+    with torch.device("meta"):
+        num_parameters = sum(parameter.numel() for parameter in GPT2(config).parameters())
+    assert num_parameters == 124_439_808
+    assert (config.head_dim, config.num_kv_heads) == (64, 12)

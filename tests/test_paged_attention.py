@@ -1,0 +1,229 @@
+"""The kernels against the torch reference, and the reference against contiguous attention.
+
+Without a GPU the kernels run in Triton's interpreter, so shapes are tiny.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanopaged.paged_attention import (
+    BLOCK_SIZES,
+    HEAD_DIMS,
+    paged_attention_torch,
+    paged_attention_triton,
+    query_tile,
+    write_kv_torch,
+    write_kv_triton,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Rounding of the output's own dtype, and, for half precision, of the softmax before it meets V.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Case:
+    """A ragged batch over a scattered pool, and the contiguous contexts that the pool holds."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    max_query_len: int
+    scale: float
+    contexts: list[tuple[torch.Tensor, torch.Tensor]]  # each request's K and V, (length, num_kv_heads, head_dim)
+
+    def arguments(self) -> tuple:
+        return (self.q, self.k_cache, self.v_cache, self.block_tables, self.query_start, self.seq_lens,
+                self.max_query_len, self.scale)
+
+
+def make_case(lengths: list[int], query_lens: list[int], num_heads: int = 2, num_kv_heads: int = 2, head_dim: int = 16,
+              block_size: int = 8, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
+    """Random contexts, scattered over a pool in which everything else is NaN: a read of it shows."""
+    rng = torch.Generator().manual_seed(seed)
+    num_blocks = sum(-(-length // block_size) for length in lengths) + 3
+    order = torch.randperm(num_blocks, generator=rng).tolist()
+    k_cache = torch.full((num_blocks, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
+    v_cache = k_cache.clone()
+    tables, contexts = [], []
+    for length in lengths:
+        table = [order.pop() for _ in range(-(-length // block_size))]
+        k, v = (torch.randn(length, num_kv_heads, head_dim, generator=rng).to(dtype) for _ in range(2))
+        for position in range(length):
+            block, offset = table[position // block_size], position % block_size
+            k_cache[block, :, offset], v_cache[block, :, offset] = k[position], v[position]
+        tables.append(table)
+        contexts.append((k, v))
+    width = max(map(len, tables)) + 1
+    padded = torch.tensor([table + [num_blocks - 1] * (width - len(table)) for table in tables], dtype=torch.int32)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    q = torch.randn(sum(query_lens), num_heads, head_dim, generator=rng).to(dtype)
+    return Case(q.to(DEVICE), k_cache.to(DEVICE), v_cache.to(DEVICE), padded.to(DEVICE), starts.to(DEVICE),
+                torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max(query_lens), head_dim**-0.5, contexts)
+
+
+def contiguous_attention(case: Case) -> torch.Tensor:
+    """torch's own attention in float32, request by request, over contexts that were never cut up."""
+    outputs = []
+    for i, (k, v) in enumerate(case.contexts):
+        q = case.q[case.query_start[i] : case.query_start[i + 1]].float().cpu()  # (n, num_heads, head_dim)
+        n, length, group = len(q), len(k), q.shape[1] // k.shape[1]
+        allowed = torch.arange(length) <= torch.arange(length - n, length)[:, None]  # (n, length)
+        k, v = (t.float().repeat_interleave(group, dim=1).transpose(0, 1) for t in (k, v))  # (num_heads, length, head_dim)
+        out = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=allowed, scale=case.scale)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+    assert not got.isnan().any(), "a slot outside the context was read"
+    torch.testing.assert_close(got.float().cpu(), wanted.float().cpu(), rtol=0, atol=TOLERANCE[dtype])
+
+
+RAGGED = [  # (lengths, query_lens): decodes, chunks, whole prompts, an idle request; around block boundaries
+    ([1], [1]),
+    ([8, 9, 16, 17], [1, 1, 1, 1]),
+    ([5, 23], [5, 23]),
+    ([30, 1, 12, 9], [7, 1, 0, 1]),
+    ([40, 33], [1, 20]),
+]
+
+
+@pytest.mark.parametrize("lengths, query_lens", RAGGED)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_reference_equals_contiguous_attention(
+    lengths: list[int], query_lens: list[int], dtype: torch.dtype
+) -> None:
+    for num_heads, num_kv_heads in ((2, 2), (4, 2), (12, 1)):
+        case = make_case(lengths, query_lens, num_heads, num_kv_heads, dtype=dtype)
+        assert_close(paged_attention_torch(*case.arguments()), contiguous_attention(case), dtype)
+
+
+@pytest.mark.parametrize("lengths, query_lens", RAGGED)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_kernel_equals_the_reference_on_ragged_batches(
+    lengths: list[int], query_lens: list[int], dtype: torch.dtype
+) -> None:
+    case = make_case(lengths, query_lens, dtype=dtype)
+    assert_close(paged_attention_triton(*case.arguments()), paged_attention_torch(*case.arguments()), dtype)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(2, 1), (4, 1), (6, 2), (12, 1), (12, 12)])
+def test_the_kernel_shares_key_heads_among_query_heads(num_heads: int, num_kv_heads: int) -> None:
+    case = make_case([19, 10], [3, 1], num_heads, num_kv_heads)
+    assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_kernel_takes_every_head_size(head_dim: int) -> None:
+    case = make_case([21, 70], [2, 1], 1, 1, head_dim=head_dim)
+    assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_the_kernel_takes_every_block_size(block_size: int) -> None:
+    case = make_case([block_size + 1, 3], [1, 3], 1, 1, block_size=block_size)
+    assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    case = make_case([20, 20], [20, 1])
+    case.q *= 1000.0  # scores in the thousands: exp() of one is infinite, exp() of its negative zero
+    got = paged_attention_triton(*case.arguments()).cpu()
+    torch.testing.assert_close(got, contiguous_attention(case), rtol=0, atol=1e-4)
+
+
+def test_a_prompt_longer_than_a_tile_is_causal_in_every_row() -> None:
+    rows, tile_q = query_tile(1, 70)
+    assert tile_q < 70, f"the prompt must need several tiles, a tile has {rows} rows"
+    case = make_case([75], [70], 1, 1)
+    assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
+
+
+def test_rows_of_a_strided_projection_are_read_where_they_lie() -> None:
+    case = make_case([9, 12], [2, 12])
+    wide = torch.full((len(case.q), 6, 16), torch.nan, device=DEVICE)
+    wide[:, 2:4] = case.q  # as q lies beside k and v in the output of c_attn
+    case.q = wide[:, 2:4]
+    for attention in (paged_attention_torch, paged_attention_triton):
+        assert_close(attention(*case.arguments()), contiguous_attention(case), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("write_kv", [write_kv_torch, write_kv_triton])
+def test_writing_puts_each_token_into_its_slot_and_touches_nothing_else(write_kv, dtype: torch.dtype) -> None:
+    k_cache, v_cache = torch.zeros(2, 4, 3, 8, 16, dtype=dtype, device=DEVICE)  # (num_blocks, heads, block_size, head_dim)
+    qkv = torch.randn(5, 9, 16).to(DEVICE, dtype)
+    k, v = qkv[:, 3:6], qkv[:, 6:9]  # views, as the model hands them over
+    slots = torch.tensor([31, 0, 9, 8, 30], device=DEVICE)
+    write_kv(k, v, k_cache, v_cache, slots)
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        by_slot = cache.transpose(1, 2).flatten(0, 1)  # (slots, heads, head_dim)
+        assert torch.equal(by_slot[slots], rows)
+        by_slot[slots] = 0
+        assert not by_slot.any(), "another slot was written"
+
+
+def test_writing_no_token_is_no_error() -> None:
+    cache = torch.zeros(1, 1, 8, 16, device=DEVICE)
+    empty = torch.zeros(0, 1, 16, device=DEVICE)
+    for write_kv in (write_kv_torch, write_kv_triton):
+        write_kv(empty, empty, cache, cache, torch.zeros(0, dtype=torch.int64, device=DEVICE))
+
+
+BAD = [  # (argument, what becomes of it, error, words)
+    ("q", lambda t: t.double(), TypeError, "q must be float32, float16 or bfloat16"),
+    ("q", lambda t: t.half(), TypeError, "k_cache must be torch.float16, got torch.float32"),
+    ("q", lambda t: t[:, :, :8], ValueError, "q must have shape"),
+    ("q", lambda t: t[:, :, ::2], ValueError, "q must have shape"),
+    ("q", lambda t: t[0], ValueError, "num_kv_heads must divide num_heads"),
+    ("q", lambda t: t[:, :1], ValueError, "num_kv_heads must divide num_heads"),
+    ("k_cache", lambda t: t[0], ValueError, "num_blocks, num_kv_heads, block_size, head_dim"),
+    ("k_cache", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), ValueError, "blocks must each be contiguous"),
+    ("v_cache", lambda t: t[:2], ValueError, "v_cache must have shape"),
+    ("v_cache", lambda t: t.half(), TypeError, "v_cache must be torch.float32"),
+    ("block_tables", lambda t: t.long(), TypeError, "block_tables must be torch.int32, got torch.int64"),
+    ("block_tables", lambda t: t[0], ValueError, "block_tables must have shape"),
+    ("query_start", lambda t: t[:-1], ValueError, r"query_start must have shape \(3,\)"),
+    ("seq_lens", lambda t: t.float(), TypeError, "seq_lens must be torch.int32"),
+    ("seq_lens", lambda t: t.to("meta"), ValueError, "seq_lens must be on the cache's device"),
+]
+
+
+@pytest.mark.parametrize("attention", [paged_attention_torch, paged_attention_triton])
+@pytest.mark.parametrize("name, change, error, words", BAD)
+def test_arguments_that_do_not_fit_are_named(attention, name: str, change, error: type, words: str) -> None:
+    case = make_case([9, 3], [1, 2])
+    setattr(case, name, change(getattr(case, name)))
+    with pytest.raises(error, match=words):
+        attention(*case.arguments())
+
+
+@pytest.mark.parametrize("write_kv", [write_kv_torch, write_kv_triton])
+def test_rows_and_slots_that_do_not_fit_are_named(write_kv) -> None:
+    cache = torch.zeros(2, 2, 8, 16, device=DEVICE)
+    rows, slots = torch.zeros(3, 2, 16, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    for k, v, where, error, words in (
+        (rows[:, :1], rows, slots, ValueError, "k must have shape"),
+        (rows, rows[:2], slots, ValueError, "v must have shape"),
+        (rows, rows.half(), slots, TypeError, "v must be torch.float32"),
+        (rows, rows, slots[:2], ValueError, "slots must have shape"),
+        (rows, rows, slots.int(), TypeError, "slots must be torch.int64"),
+    ):
+        with pytest.raises(error, match=words):
+            write_kv(k, v, cache, cache, where)
+
+
+def test_the_kernels_refuse_sizes_that_they_were_not_written_for() -> None:
+    case = make_case([9], [1], head_dim=24)
+    paged_attention_torch(*case.arguments())
+    with pytest.raises(ValueError, match="head_dim of .* got 8 and 24: use attention='torch'"):
+        paged_attention_triton(*case.arguments())

@@ -1,0 +1,298 @@
+"""Is the next token drawn as the user wished, and by nothing but the request's own seed?
+
+The judge is `expected`, which writes the rules down one token at a time, in Python's doubles.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from nanopaged import sampling
+from nanopaged.request import Request
+from nanopaged.sampling import sample, uniform
+from nanopaged.sampling_params import SamplingParams
+
+ALMOST_ONE = 1 - 2.0**-53  # the largest draw; as a float32 it is 1.0
+
+
+def request(seed: int = 0, num_output_tokens: int = 0, **params: object) -> Request:
+    made = Request("any", [0], SamplingParams(**params), seed=seed)
+    made.token_ids += [0] * num_output_tokens
+    return made
+
+
+def requests(number: int, **params: object) -> list[Request]:
+    """Requests that wish for the same, each with a seed of its own."""
+    shared = SamplingParams(**params)
+    return [Request("any", [0], shared, seed=seed) for seed in range(number)]
+
+
+def expected(logits: Sequence[float], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[float]:
+    """The probability of each token."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if top_k > 0:
+        order = order[:top_k]
+    weights = [math.exp((logits[i] - logits[order[0]]) / temperature) for i in order]
+    nucleus, mass = 0, 0.0
+    while nucleus < len(order) and mass < top_p:
+        mass += weights[nucleus] / sum(weights)
+        nucleus += 1
+    probs = [0.0] * len(logits)
+    for i, weight in zip(order[:nucleus], weights):
+        probs[i] = weight / sum(weights[:nucleus])
+    return probs
+
+
+def assert_distributed(draws: Sequence[int], probs: Sequence[float], seed: int) -> None:
+    """A chi-square test, with the tokens that are hardly ever expected counted as one."""
+    counts = Counter(draws)
+    assert all(probs[token] > 0 for token in counts), f"seed {seed}: drew a token that is filtered out: {counts}"
+    pairs = [(counts[token], prob * len(draws)) for token, prob in enumerate(probs)]
+    rare = [pair for pair in pairs if pair[1] < 10]
+    bins = [pair for pair in pairs if pair[1] >= 10] + [(sum(c for c, _ in rare), sum(e for _, e in rare))]
+    chi_square = sum((count - mean) ** 2 / max(mean, 1) for count, mean in bins)
+    # The mean of a chi-square is its degrees of freedom, its variance twice that; seeds are fixed, so it never flakes.
+    assert chi_square < len(bins) + 5 * math.sqrt(2 * len(bins)), f"seed {seed}: {bins}"
+
+
+def random_params(rng: random.Random) -> dict[str, float | int]:
+    return {"temperature": rng.choice((0, 0.3, 1, 2.5)), "top_k": rng.choice((-1, 0, 1, 3, 40, 10**30)),
+            "top_p": rng.choice((1.0, 0.95, 0.5, 0.01))}
+
+
+def test_draws_are_uniform_numbers_below_one() -> None:
+    draws = [uniform(seed, index) for seed in range(100) for index in range(100)]
+    assert all(0.0 <= draw < 1.0 for draw in draws)
+    assert abs(sum(draws) / len(draws) - 0.5) < 0.01
+    assert_distributed([int(draw * 16) for draw in draws], [1 / 16] * 16, seed=0)
+
+
+def test_draws_differ_by_seed_and_by_index() -> None:
+    seeds = (*range(12), -1, 2**64, -(2**200))
+    assert len({uniform(seed, index) for seed in seeds for index in range(120)}) == len(seeds) * 120
+
+
+def test_draws_are_the_same_on_every_machine_and_in_every_version() -> None:
+    draws = [uniform(0, 0), uniform(0, 1), uniform(42, 7), uniform(-1, 0)]
+    assert draws == [0.3175435798086097, 0.7979726515430128, 0.8663031592518552, 0.8507581699087708]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_temperature_zero_takes_the_likeliest_whatever_the_filters(seed: int) -> None:
+    rng = random.Random(seed)
+    logits = torch.randn(20, 101, generator=torch.Generator().manual_seed(seed))
+    batch = [request(i, **{**random_params(rng), "temperature": 0}) for i in range(20)]
+    assert sample(logits, batch) == logits.argmax(dim=1).tolist(), f"seed {seed}"
+
+
+def test_a_step_that_samples_nothing_gives_no_tokens() -> None:
+    assert sample(torch.empty(0, 101), []) == []
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"temperature": 1e6},
+        {"top_k": 1},
+        {"top_k": 4},
+        {"top_k": 13},
+        {"top_k": 10**30},
+        {"top_p": 0.5},
+        {"top_p": 0.9},
+        {"temperature": 0.7, "top_k": 6, "top_p": 0.8},
+        {"temperature": 2.0, "top_k": 8, "top_p": 0.95},
+    ],
+    ids=str,
+)
+def test_tokens_are_as_frequent_as_they_are_probable(params: dict[str, float | int], seed: int) -> None:
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(seed)) * 1.5
+    draws = sample(logits.expand(2000, 12), requests(2000, **params))
+    assert_distributed(draws, expected(logits.tolist(), **params), seed)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_tokens_of_one_request_are_drawn_anew_each_time(seed: int) -> None:
+    logits = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
+    probs = expected(logits[0].tolist())
+    one, draws = request(seed), []
+    for _ in range(800):
+        draws += sample(logits, [one])
+        one.token_ids.append(draws[-1])
+    # A token says nothing about the next: pairs are as frequent as if each were drawn on its own.
+    pairs = [4 * first + second for first, second in zip(draws[::2], draws[1::2])]
+    assert_distributed(pairs, [p * q for p in probs for q in probs], seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_depends_on_neither_its_neighbours_nor_its_row(seed: int) -> None:
+    rng = random.Random(seed)
+    logits = 3 * torch.randn(32, 501, generator=torch.Generator().manual_seed(seed))
+    batch = [request(rng.getrandbits(64), rng.randrange(5), **random_params(rng)) for _ in range(32)]
+    together = sample(logits, batch)
+    assert [sample(logits[i : i + 1], [batch[i]])[0] for i in range(32)] == together, f"seed {seed}"
+    for _ in range(6):
+        rows = rng.sample(range(32), rng.randint(1, 32))
+        assert sample(logits[rows], [batch[i] for i in rows]) == [together[i] for i in rows], f"seed {seed}"
+
+
+def test_a_repeated_step_draws_the_same_tokens_and_leaves_its_logits_alone() -> None:
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    batch = requests(8, top_p=0.9)
+    assert sample(logits, batch) == sample(logits, batch)
+    assert torch.equal(logits, before)
+
+
+def test_another_seed_draws_other_tokens() -> None:
+    logits = torch.zeros(20, 1000)
+    assert len(set(sample(logits, [request(seed=i) for i in range(20)]))) > 15
+    assert len(set(sample(logits, [request(seed=7)] * 20))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "params", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-300}, {"temperature": 1e-6}], ids=str
+)
+def test_the_narrowest_filter_is_greedy(params: dict[str, float | int], dtype: torch.dtype) -> None:
+    logits = torch.randn(200, 101, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if "temperature" in params:
+        logits[:, 17] = 5  # a cold draw is greedy only where one token leads: half precision makes ties
+    draws = sample(logits, requests(200, **params))
+    assert draws == sample(logits, [request(temperature=0)] * 200)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "allowed"),
+    [(0.25, 0, {0}), (0.26, 0, {0, 1}), (0.5, 0, {0, 1}), (0.51, 0, {0, 1, 2}), (0.75, 0, {0, 1, 2}),
+     (0.5, 2, {0}), (0.51, 2, {0, 1}), (1.0, 0, {0, 1, 2, 3}), (1.0, 3, {0, 1, 2})],
+)
+def test_a_nucleus_ends_with_the_token_that_reaches_top_p(top_p: float, top_k: int, allowed: set[int]) -> None:
+    logits = torch.zeros(300, 4)  # a quarter each, exactly; equals are taken in the order of their ids
+    assert set(sample(logits, requests(300, top_p=top_p, top_k=top_k))) == allowed
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 1e6}], ids=str)
+def test_the_smallest_draw_takes_the_likeliest_token_and_the_largest_the_last_that_is_kept(
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, float | int]
+) -> None:
+    logits = torch.tensor([[-math.inf, 1.0, 3.0, -math.inf, 2.0]])
+    kept = [i for i, prob in enumerate(expected(logits[0].tolist(), **params)) if prob > 0]
+    for draw, token in ((0.0, max(kept, key=lambda i: logits[0, i])), (ALMOST_ONE, min(kept, key=lambda i: logits[0, i]))):
+        monkeypatch.setattr(sampling, "uniform", lambda seed, index, draw=draw: draw)
+        assert sample(logits, [request(**params)]) == [token]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4])
+def test_a_token_that_is_ruled_out_is_never_drawn(scale: float, temperature: float, dtype: torch.dtype) -> None:
+    logits = (scale * torch.randn(500, 6, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits[:, [0, 3, 5]] = -torch.inf
+    draws = sample(logits, requests(500, temperature=temperature))
+    assert set(draws) == {1, 2, 4}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1.0, 1e6])
+def test_a_single_token_that_is_not_ruled_out_is_drawn(temperature: float) -> None:
+    logits = torch.full((50, 6), -torch.inf)
+    logits[:, 4] = -1e30
+    assert sample(logits, requests(50, temperature=temperature, top_k=3, top_p=0.9)) == [4] * 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_logits_are_drawn_from_as_exactly_as_the_same_in_float32(dtype: torch.dtype) -> None:
+    logits = torch.randn(200, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    batch = requests(200, temperature=0.8, top_p=0.9)
+    assert sample(logits, batch) == sample(logits.float(), batch)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "words"),
+    [
+        ("n", 2, ValueError, "must be 1, got 2"),
+        ("n", 0, ValueError, "at least 1"),
+        ("n", True, TypeError, "must be an int"),
+        ("temperature", -0.1, ValueError, "from 0.0 to 1000000.0, got -0.1"),
+        ("temperature", 1.1e6, ValueError, "from 0.0"),
+        ("temperature", 10**400, ValueError, "from 0.0"),
+        ("temperature", math.nan, ValueError, "finite"),
+        ("temperature", math.inf, ValueError, "finite"),
+        ("temperature", "1", TypeError, "must be a number"),
+        ("temperature", None, TypeError, "must be a number"),
+        ("temperature", True, TypeError, "must be a number"),
+        ("top_k", -2, ValueError, "at least -1, got -2"),
+        ("top_k", 5.0, TypeError, "must be an int"),
+        ("top_k", None, TypeError, "must be an int"),
+        ("top_p", 0, ValueError, "temperature=0"),
+        ("top_p", -0.5, ValueError, "from 0.0 to 1.0"),
+        ("top_p", 1.01, ValueError, "from 0.0 to 1.0"),
+        ("top_p", math.nan, ValueError, "finite"),
+        ("top_p", "0.9", TypeError, "must be a number"),
+        ("max_tokens", 0, ValueError, "at least 1"),
+        ("max_tokens", None, TypeError, "must be an int"),
+        ("max_tokens", 1.5, TypeError, "must be an int"),
+        ("stop", "", ValueError, "empty string"),
+        ("stop", ["a", ""], ValueError, "empty string"),
+        ("stop", 5, TypeError, "a str or a list of str"),
+        ("stop", ["a", 5], TypeError, "a str or a list of str"),
+        ("stop", {"a"}, TypeError, "a str or a list of str"),
+        ("stop", b"a", TypeError, "a str or a list of str"),
+        ("stop_token_ids", 5, TypeError, "a list of int"),
+        ("stop_token_ids", "5", TypeError, "a list of int"),
+        ("stop_token_ids", [-1], ValueError, "at least 0"),
+        ("stop_token_ids", ["5"], TypeError, "must be an int"),
+        ("stop_token_ids", [False], TypeError, "must be an int"),
+        ("ignore_eos", 1, TypeError, "must be a bool"),
+        ("ignore_eos", None, TypeError, "must be a bool"),
+        ("seed", 1.0, TypeError, "must be an int"),
+        ("seed", True, TypeError, "must be an int"),
+        ("seed", "0", TypeError, "must be an int"),
+    ],
+)
+def test_a_wish_that_cannot_be_names_its_field(field: str, value: object, error: type, words: str) -> None:
+    with pytest.raises(error, match=words) as caught:
+        SamplingParams(**{field: value})
+    assert field in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 0}, {"temperature": 1e6}, {"temperature": 5e-324}, {"top_k": -1}, {"top_k": 10**30}, {"top_p": 1},
+     {"top_p": 5e-324}, {"seed": -(2**100)}, {"max_tokens": 1}, {"n": 1}, {"ignore_eos": True}],
+    ids=str,
+)
+def test_the_ends_of_each_range_are_allowed(params: dict[str, object]) -> None:
+    made = SamplingParams(**params)
+    assert {field: getattr(made, field) for field in params} == params
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(None, ()), ("ab", ("ab",)), (["a", "b"], ("a", "b")), (("a",), ("a",)), ([], ())]
+)
+def test_stop_becomes_a_tuple_of_strings(given: object, kept: tuple[str, ...]) -> None:
+    assert SamplingParams(stop=given).stop == kept
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, ()), ([3, 1], (3, 1)), ((0,), (0,)), ([], ())])
+def test_stop_token_ids_become_a_tuple_of_ints(given: object, kept: tuple[int, ...]) -> None:
+    assert SamplingParams(stop_token_ids=given).stop_token_ids == kept
+
+
+def test_params_that_requests_share_cannot_change() -> None:
+    stop = ["a"]
+    params = SamplingParams(stop=stop)
+    stop.append("b")
+    assert params.stop == ("a",)
+    with pytest.raises(AttributeError):
+        params.temperature = 0.5
+    assert params == SamplingParams(stop="a") and hash(params) == hash(SamplingParams(stop="a"))

@@ -1,0 +1,707 @@
+"""Who runs this step, and who must wait or give way? What Scheduler promises, with a model of a few lines."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Container
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanopaged
+from nanopaged.block_allocator import BlockAllocator
+from nanopaged.request import Request, RequestStatus
+from nanopaged.sampling_params import SamplingParams
+from nanopaged.scheduler import Scheduler, Step
+
+VOCABULARY = 50
+
+
+def kv_of(token: int, earlier: list[int | None]) -> int:
+    """The model: a token's KV depends on itself and on all KV before it, and says which token comes next."""
+    return hash((token, *earlier))
+
+
+def continuation(prompt: list[int], num_tokens: int, stop: Container[int] = ()) -> list[int]:
+    """What a prompt becomes with no cache, no batch and no scheduler."""
+    kv: list[int | None] = []
+    output: list[int] = []
+    for token in prompt:
+        kv.append(kv_of(token, kv))
+    while len(output) < num_tokens and (not output or output[-1] not in stop):
+        output.append(kv[-1] % VOCABULARY)
+        kv.append(kv_of(output[-1], kv))
+    return output
+
+
+class Engine:
+    """A scheduler and the model over its pool; checks at every step what must always hold.
+
+    KV is read and written through the block tables alone, so a block that is lost, overwritten or
+    served to the wrong request changes the tokens that come after it.
+    """
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, seats: int = 8, budget: int = 64,
+                 max_model_len: int = 128, watermark: float = 0.0, sharing: bool = True) -> None:
+        self.allocator = BlockAllocator(num_blocks, block_size, sharing)
+        self.clock = count()
+        self.scheduler = Scheduler(self.allocator, seats, budget, max_model_len, watermark, lambda: next(self.clock))
+        self.kv: list[int | None] = [None] * (num_blocks * block_size)
+        self.requests: list[Request] = []
+
+    def add(self, prompt: list[int], max_tokens: int = 4, **params: Any) -> Request:
+        request = Request(str(len(self.requests)), prompt, SamplingParams(max_tokens=max_tokens, **params))
+        self.scheduler.add(request)
+        self.requests.append(request)
+        return request
+
+    @property
+    def waiting(self) -> list[Request]:
+        return list(self.scheduler.waiting.values())
+
+    def schedule(self) -> Step:
+        """A plan, checked."""
+        scheduler, size = self.scheduler, self.allocator.block_size
+        running, line = len(scheduler.running), [*scheduler.running, *self.waiting]
+        step = scheduler.schedule()
+        scheduler.check_invariants()
+        assert [*scheduler.running, *self.waiting] == line, "somebody has overtaken somebody"
+        assert step.requests[:1] == line[:1], "the oldest does not advance"
+        assert step.requests == scheduler.running[: len(step.requests)]
+        assert len(scheduler.running) <= scheduler.max_num_seqs
+        assert sum(step.num_tokens) <= scheduler.max_num_batched_tokens
+        for request, num_tokens in zip(step.requests, step.num_tokens, strict=True):
+            end = request.num_computed_tokens + num_tokens
+            assert request.num_computed_tokens < end <= len(request.token_ids)
+            assert end <= len(request.block_table) * size, "a block table is too short for what is computed"
+        assert all(request.status is RequestStatus.WAITING for request in step.preempted)
+        assert not step.preempted or len(scheduler.running) < running, "admitted while others had to give way"
+        return step
+
+    def forward(self, step: Step) -> list[int]:
+        """Computes what the plan says, and samples where a request's last token was computed."""
+        size, token_ids, sampled = self.allocator.block_size, [], []
+        for request, num_tokens in zip(step.requests, step.num_tokens):
+            start, table = request.num_computed_tokens, request.block_table
+            end = start + num_tokens
+            slots = [table[i // size] * size + i % size for i in range(end)]
+            for i in range(start, end):
+                block = table[i // size]
+                assert self.allocator.fork(block) == block, "would write into a block that others hold or find"
+                self.kv[slots[i]] = kv_of(request.token_ids[i], [self.kv[slot] for slot in slots[:i]])
+            if end == len(request.token_ids):
+                token_ids.append(self.kv[slots[-1]] % VOCABULARY)
+                sampled.append(request)
+        assert step.sampled() == sampled
+        return token_ids
+
+    def step(self, stopped: Container[str] = ()) -> Step:
+        step = self.schedule()
+        self.scheduler.update(step, self.forward(step), stopped)
+        self.scheduler.check_invariants()
+        return step
+
+    def run(self) -> list[list[int]]:
+        """Steps until all have finished; what each request became, in the order in which they came."""
+        while self.scheduler.has_unfinished():
+            self.step()
+        return [request.output_token_ids for request in self.requests]
+
+    def assert_all_blocks_are_back(self) -> None:
+        stats = self.allocator.stats()
+        assert stats.free_blocks + stats.cached_blocks == stats.num_blocks
+        assert stats.reserved_slots == stats.filled_slots == stats.shared_blocks == 0
+        self.scheduler.check_invariants()
+
+
+def prompt_of(length: int, first: int = 0) -> list[int]:
+    return [first * 1000 + i for i in range(length)]
+
+
+# Who runs: arrival, seats, budget.
+
+
+def test_with_one_seat_requests_are_served_one_after_the_other_as_they_came() -> None:
+    engine = Engine(seats=1)
+    requests = [engine.add(prompt_of(length, length), max_tokens=2) for length in (20, 3, 9)]
+    order = []
+    while engine.scheduler.has_unfinished():
+        order += engine.step().requests
+    assert order == [request for request in requests for _ in range(2)]
+
+
+def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room() -> None:
+    engine = Engine(num_blocks=8)
+    engine.add(prompt_of(20, 1), max_tokens=4)
+    large, small = engine.add(prompt_of(20, 2)), engine.add([1])
+    engine.step()
+    assert engine.waiting == [large, small]
+    assert engine.run() == [continuation(request.token_ids[:-4], 4) for request in engine.requests]
+
+
+def test_a_request_joins_while_others_run_and_leaves_when_it_is_done() -> None:
+    engine = Engine()
+    long = engine.add([1, 2], max_tokens=6)
+    engine.step()
+    short = engine.add([3, 4], max_tokens=2)
+    assert [engine.step().requests for _ in range(3)] == [[long, short], [long, short], [long]]
+
+
+def test_no_more_requests_run_than_there_are_seats() -> None:
+    engine = Engine(seats=3)
+    for i in range(7):
+        engine.add([i], max_tokens=i + 1)
+    seated = []
+    while engine.scheduler.has_unfinished():
+        seated.append(len(engine.step().requests))
+    assert max(seated) == 3
+    assert seated[:6] == [3] * 6, "a seat that falls free is taken in the next step"
+
+
+def test_the_budget_is_never_exceeded_and_is_used_up_while_there_is_work() -> None:
+    engine = Engine(budget=8)
+    for i in range(5):
+        engine.add(prompt_of(10, i), max_tokens=1)
+    tokens = []
+    while engine.scheduler.has_unfinished():
+        tokens.append(sum(engine.step().num_tokens))
+    assert tokens == [8, 8, 8, 8, 8, 8, 2]
+
+
+def test_with_a_budget_of_one_token_everybody_is_served_in_the_end() -> None:
+    engine = Engine(budget=1, seats=2)
+    prompts = [prompt_of(5, i) for i in range(3)]
+    for prompt in prompts:
+        engine.add(prompt, max_tokens=3)
+    assert engine.run() == [continuation(prompt, 3) for prompt in prompts]
+
+
+def test_a_long_prompt_is_computed_in_chunks_while_others_decode_in_the_same_steps() -> None:
+    engine = Engine(budget=8)
+    decoding = engine.add([1, 2], max_tokens=8)
+    engine.step()
+    long = engine.add(prompt_of(20), max_tokens=2)
+    steps = [engine.step() for _ in range(4)]
+    assert [step.requests for step in steps] == [[decoding, long]] * 4
+    assert [step.num_tokens for step in steps] == [[1, 7], [1, 7], [1, 6], [1, 1]]
+    assert decoding.num_output_tokens == 5, "it gained a token in every step"
+    assert long.output_token_ids == continuation(prompt_of(20), 2)
+
+
+def test_nothing_is_planned_when_nothing_is_left_to_do() -> None:
+    engine = Engine()
+    assert not engine.scheduler.has_unfinished()
+    assert engine.scheduler.schedule() == Step()
+    request = engine.add([1], max_tokens=1)
+    assert engine.scheduler.has_unfinished()
+    engine.run()
+    assert request.status is RequestStatus.FINISHED
+    assert engine.scheduler.schedule() == Step()
+
+
+# Room: watermark, preemption, progress.
+
+
+@pytest.mark.parametrize("watermark, admitted", [(0.0, 3), (0.125, 3), (0.25, 2), (0.5, 1), (1.0, 1)])
+def test_admission_leaves_the_watermark_free(watermark: float, admitted: int) -> None:
+    engine = Engine(num_blocks=8, watermark=watermark)
+    for length in (9, 9, 1):  # three blocks, three blocks and one
+        engine.add(prompt_of(length, length), max_tokens=4)
+    assert len(engine.step().requests) == admitted
+
+
+def test_the_watermark_never_keeps_a_lone_request_out() -> None:
+    engine = Engine(num_blocks=4, watermark=1.0)
+    prompts = [prompt_of(13, i) for i in range(3)]
+    for prompt in prompts:
+        engine.add(prompt, max_tokens=4)
+    assert engine.run() == [continuation(prompt, 4) for prompt in prompts]
+
+
+def test_cached_blocks_that_a_hit_revives_are_not_counted_as_room() -> None:
+    engine = Engine(num_blocks=6)
+    engine.add(prompt_of(13), max_tokens=1)
+    engine.run()
+    assert engine.allocator.stats().cached_blocks == 3
+    engine.add(prompt_of(9, 1), max_tokens=4)  # three blocks: six were available, three are now, all of them cached
+    hit = engine.add(prompt_of(13), max_tokens=1)
+    engine.step()
+    assert engine.waiting == [hit], "it needs one block beside the three that it would revive"
+    assert engine.run()[2] == continuation(prompt_of(13), 1)
+
+
+def test_the_youngest_gives_way_and_waits_in_front_of_the_queue() -> None:
+    engine = Engine(num_blocks=4, block_size=2, seats=2)
+    old, young = engine.add([1, 2], max_tokens=6), engine.add([3, 4], max_tokens=4)
+    never_ran = engine.add([5, 6], max_tokens=2)
+    for _ in range(3):
+        engine.step()
+    assert engine.allocator.num_available == 0
+    assert engine.scheduler.running == [old, young]
+    step = engine.step()
+    assert (step.requests, step.preempted) == ([old], [young])
+    assert engine.waiting == [young, never_ran]
+    assert (young.status, young.num_computed_tokens, young.block_table) == (RequestStatus.WAITING, 0, [])
+    assert young.num_output_tokens == 3, "what it has generated it keeps"
+    assert (young.metrics.preemptions, engine.scheduler.stats.num_preemptions) == (1, 1)
+    assert engine.run() == [continuation([1, 2], 6), continuation([3, 4], 4), continuation([5, 6], 2)]
+
+
+def test_several_who_give_way_in_one_step_keep_their_order() -> None:
+    engine = Engine(num_blocks=4, block_size=2)
+    first, second, third, fourth = [engine.add(prompt_of(2, i), max_tokens=4) for i in range(4)]
+    engine.step()
+    step = engine.step()
+    assert (step.requests, step.preempted) == ([first, second], [fourth, third])
+    assert engine.waiting == [third, fourth]
+    assert engine.run() == [continuation(prompt_of(2, i), 4) for i in range(4)]
+
+
+def test_nobody_is_admitted_in_a_step_in_which_somebody_gave_way() -> None:
+    engine = Engine(num_blocks=8, block_size=2)
+    engine.add(prompt_of(2, 1), max_tokens=8)
+    large = engine.add(prompt_of(12, 2), max_tokens=2)
+    engine.step()
+    small = engine.add([7], max_tokens=2)
+    plans = [engine.step() for _ in range(3)]
+    assert [plan.preempted for plan in plans].count([large]) == 1
+    assert all(small not in plan.requests for plan in plans if plan.preempted)
+    engine.run()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_oldest_running_request_advances_in_every_step_and_never_gives_way(seed: int) -> None:
+    rng = random.Random(seed)
+    engine = Engine(num_blocks=12, block_size=2, budget=rng.choice([6, 16, 64]))
+    for i in range(10):
+        engine.add(prompt_of(rng.randint(1, 6), i), max_tokens=rng.randint(8, 16))
+    while engine.scheduler.has_unfinished():
+        oldest = (engine.scheduler.running or engine.waiting)[0]
+        computed, preemptions = oldest.num_computed_tokens, oldest.metrics.preemptions
+        engine.step()
+        assert oldest.status is RequestStatus.FINISHED or oldest.num_computed_tokens > computed, f"seed {seed}"
+        assert oldest.metrics.preemptions == preemptions, f"seed {seed}"
+    assert engine.scheduler.stats.num_preemptions > 0, f"seed {seed} puts nobody under pressure"
+
+
+def test_a_resumed_request_takes_up_the_shared_beginning_and_its_table_covers_every_token() -> None:
+    engine = Engine(num_blocks=9, block_size=2)
+    prompts = [[1, 2, 3, 4, last] for last in (5, 6, 7)]
+    lengths = 10, 6, 8
+    long, _, resumed = [engine.add(prompt, max_tokens) for prompt, max_tokens in zip(prompts, lengths)]
+    while not resumed.metrics.preemptions:
+        engine.step()
+    assert resumed.metrics.prefix_hit_tokens == 0, "all three computed the beginning in one step"
+    while resumed.status is RequestStatus.WAITING:
+        engine.step()
+    assert long.status is RequestStatus.RUNNING
+    assert resumed.block_table[:2] == long.block_table[:2]
+    assert resumed.metrics.prefix_hit_tokens >= 4
+    assert engine.run() == [continuation(prompt, max_tokens) for prompt, max_tokens in zip(prompts, lengths)]
+
+
+def test_a_resumed_request_finds_its_own_blocks_again_where_nobody_needed_them() -> None:
+    engine = Engine(num_blocks=7, block_size=2)
+    old, young = engine.add([1, 2, 3], max_tokens=4), engine.add([4, 5, 6, 7, 8, 9], max_tokens=5)
+    while not young.metrics.preemptions:
+        engine.step()
+    computed_before = engine.scheduler.stats.computed_tokens
+    assert engine.run() == [continuation([1, 2, 3], 4), continuation([4, 5, 6, 7, 8, 9], 5)]
+    assert young.metrics.prefix_hit_tokens >= 4
+    assert engine.scheduler.stats.computed_tokens - computed_before < 6 + 5
+
+
+# What can never run is refused when it comes.
+
+
+def test_a_request_that_could_never_fit_the_pool_is_refused_with_the_numbers() -> None:
+    engine = Engine(num_blocks=4, block_size=4)
+    request = Request("large", prompt_of(10), SamplingParams(max_tokens=8))
+    before = engine.allocator.stats(), request.max_length, request.metrics.arrival_time
+    with pytest.raises(ValueError, match=r"(?s)\b10\b.*\b8\b.*\b5\b.*\b4\b"):  # 10 + 8 tokens need 5 blocks of 4
+        engine.scheduler.add(request)
+    assert (engine.allocator.stats(), request.max_length, request.metrics.arrival_time) == before
+    assert not engine.scheduler.has_unfinished()
+    fitting = engine.add(prompt_of(10), max_tokens=7)  # the last token's KV is never needed: 16 slots do
+    assert engine.run() == [continuation(prompt_of(10), 7)]
+    assert fitting.metrics.preemptions == 0
+
+
+def test_the_limit_of_the_model_counts_where_it_ends_a_request_before_the_pool_is_full() -> None:
+    engine = Engine(num_blocks=4, block_size=4, max_model_len=17)
+    engine.add(prompt_of(10), max_tokens=1000)
+    assert engine.run() == [continuation(prompt_of(10), 7)]
+
+
+@pytest.mark.parametrize("length", [16, 17, 100])
+def test_a_prompt_that_leaves_no_room_for_an_output_is_refused_with_the_numbers(length: int) -> None:
+    engine = Engine(max_model_len=16)
+    with pytest.raises(ValueError, match=rf"(?s)\b{length}\b.*\b16\b"):
+        engine.add(prompt_of(length), max_tokens=1)
+    assert not engine.scheduler.has_unfinished()
+    engine.add(prompt_of(15), max_tokens=1)
+    assert engine.run() == [continuation(prompt_of(15), 1)]
+
+
+@pytest.mark.parametrize("name, value, error", [
+    ("max_num_seqs", 0, ValueError), ("max_num_seqs", 2.0, TypeError),
+    ("max_num_batched_tokens", 0, ValueError), ("max_num_batched_tokens", "8", TypeError),
+    ("max_model_len", 1, ValueError), ("max_model_len", None, TypeError),
+    ("watermark", -0.1, ValueError), ("watermark", 1.1, ValueError), ("watermark", float("nan"), ValueError),
+    ("watermark", "0.1", TypeError),
+])
+def test_a_scheduler_that_cannot_be_is_refused_by_the_name_of_the_argument(
+    name: str, value: Any, error: type[Exception]
+) -> None:
+    arguments = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64, "watermark": 0.01}
+    with pytest.raises(error, match=name):
+        Scheduler(BlockAllocator(8, 4), **{**arguments, name: value})
+
+
+# How a request ends.
+
+
+def test_max_tokens_ends_a_request_with_length() -> None:
+    engine = Engine()
+    request = engine.add([1, 2, 3], max_tokens=5)
+    assert engine.run() == [continuation([1, 2, 3], 5)]
+    assert (request.status, request.finish_reason) == (RequestStatus.FINISHED, "length")
+
+
+def test_max_model_len_ends_a_request_with_length() -> None:
+    engine = Engine(max_model_len=8)
+    request = engine.add([1, 2, 3], max_tokens=100)
+    assert engine.run() == [continuation([1, 2, 3], 5)]
+    assert request.finish_reason == "length"
+
+
+def test_a_stop_token_ends_a_request_with_stop_and_is_its_last_token() -> None:
+    engine = Engine()
+    expected = continuation([1, 2, 3], 10)
+    request = engine.add([1, 2, 3], max_tokens=10, stop_token_ids=[expected[4]])
+    assert engine.run() == [expected[: expected.index(expected[4]) + 1]]
+    assert request.finish_reason == "stop"
+
+
+def test_a_stop_token_in_the_prompt_stops_nothing() -> None:
+    engine = Engine()
+    expected = continuation([1000, 1001], 4)
+    engine.add([1000, 1001], max_tokens=4, stop_token_ids=[1000, 1001])
+    assert engine.run() == [expected]
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_the_end_of_text_token_stops_a_request_unless_it_ignores_it(ignore_eos: bool) -> None:
+    engine = Engine()
+    expected = continuation([1, 2, 3], 6)
+    params = SamplingParams(max_tokens=6, ignore_eos=ignore_eos)
+    engine.requests.append(Request("0", [1, 2, 3], params, eos_token_id=expected[2]))
+    engine.scheduler.add(engine.requests[0])
+    assert engine.run() == [expected if ignore_eos else expected[: expected.index(expected[2]) + 1]]
+    assert engine.requests[0].finish_reason == ("length" if ignore_eos else "stop")
+
+
+def test_a_stop_that_comes_with_the_last_token_is_a_stop() -> None:
+    engine = Engine()
+    request = engine.add([1, 2, 3], max_tokens=3, stop_token_ids=[continuation([1, 2, 3], 3)[2]])
+    engine.run()
+    assert (request.num_output_tokens, request.finish_reason) == (3, "stop")
+
+
+def test_a_request_that_is_named_as_stopped_ends_with_stop_and_the_others_go_on() -> None:
+    engine = Engine()
+    one, other = engine.add([1], max_tokens=6), engine.add([2], max_tokens=6)
+    engine.step()
+    engine.step(stopped={one.request_id})
+    assert (one.status, one.finish_reason, one.num_output_tokens) == (RequestStatus.FINISHED, "stop", 2)
+    assert engine.scheduler.running == [other]
+    assert engine.run() == [continuation([1], 2), continuation([2], 6)]
+
+
+def test_a_finished_request_gives_its_blocks_back_at_once() -> None:
+    engine = Engine()
+    one, other = engine.add(prompt_of(9), max_tokens=1), engine.add([2], max_tokens=6)
+    engine.step()
+    assert (one.status, one.block_table) == (RequestStatus.FINISHED, [])
+    assert engine.allocator.stats().referenced_blocks == len(other.block_table) == 1
+
+
+# Sharing.
+
+
+@pytest.mark.parametrize("block_size, computed", [(1, 1), (2, 2), (4, 4), (8, 8), (3, 2), (16, 8)])
+def test_a_prompt_that_is_cached_to_its_last_token_still_computes_that_token(block_size: int, computed: int) -> None:
+    engine = Engine(block_size=block_size)
+    engine.add(prompt_of(8), max_tokens=2)
+    engine.run()
+    again = engine.add(prompt_of(8), max_tokens=2)
+    assert engine.step().num_tokens == [computed]
+    assert again.metrics.prefix_hit_tokens == 8 - computed
+    assert engine.run() == [continuation(prompt_of(8), 2)] * 2
+
+
+def test_equal_beginnings_are_held_once_even_if_computed_in_the_same_step() -> None:
+    engine = Engine()
+    requests = [engine.add([*prompt_of(8), 100 + i], max_tokens=4) for i in range(3)]
+    engine.step()
+    assert len({tuple(request.block_table[:2]) for request in requests}) == 1
+    assert engine.allocator.stats().shared_blocks == 2
+    assert engine.allocator.stats().referenced_blocks == 2 + 3
+    assert engine.run() == [continuation([*prompt_of(8), 100 + i], 4) for i in range(3)]
+
+
+def test_what_was_generated_is_shared_too() -> None:
+    engine = Engine()
+    first = engine.add(prompt_of(6), max_tokens=8)
+    engine.run()
+    second = engine.add([*first.token_ids, 77], max_tokens=2)
+    engine.run()
+    assert second.metrics.prefix_hit_tokens == 12, "14 tokens, the last never computed, make three full blocks"
+    assert second.output_token_ids == continuation([*first.token_ids, 77], 2)
+
+
+def test_without_sharing_everything_is_computed_and_every_block_ends_free() -> None:
+    engine = Engine(sharing=False)
+    for _ in range(2):
+        engine.add(prompt_of(9), max_tokens=3)
+        engine.add(prompt_of(9), max_tokens=3)
+        assert engine.run() == [continuation(prompt_of(9), 3)] * len(engine.requests)
+    assert engine.scheduler.stats.computed_tokens == 4 * (9 + 2)
+    assert engine.allocator.stats().prefix_hit_tokens == 0
+    assert engine.allocator.stats().free_blocks == 64
+
+
+# What goes wrong around it: plans that are not carried out, requests that are given up.
+
+
+@pytest.mark.parametrize("abandoned", [1, 2, 5])
+def test_a_plan_that_was_not_carried_out_loses_nothing(abandoned: int) -> None:
+    engine = Engine(num_blocks=9, block_size=2, budget=6)
+    prompts = [prompt_of(1 + 2 * i, i % 3) for i in range(6)]
+    for prompt in prompts:
+        engine.add(prompt, max_tokens=4)
+    while engine.scheduler.has_unfinished():
+        for _ in range(abandoned):
+            plan = engine.schedule()
+        step = engine.step()
+        assert step.requests[: len(plan.requests)] == plan.requests, "the same work is planned again"
+        assert step.num_tokens[: len(plan.num_tokens)] == plan.num_tokens
+    assert engine.run() == [continuation(prompt, 4) for prompt in prompts]
+    assert engine.scheduler.stats.num_preemptions > 0
+    assert engine.scheduler.stats.output_tokens == 6 * 4
+    engine.assert_all_blocks_are_back()
+
+
+def in_the_queue() -> tuple[Engine, Request]:
+    engine = Engine(seats=1)
+    engine.add([1, 2, 3])
+    request = engine.add([4, 5, 6])
+    engine.step()
+    return engine, request
+
+
+def decoding() -> tuple[Engine, Request]:
+    engine = Engine()
+    engine.add([1, 2, 3])
+    request = engine.add(prompt_of(9))
+    engine.step()
+    return engine, request
+
+
+def amid_its_prompt() -> tuple[Engine, Request]:
+    engine = Engine(budget=5)
+    request = engine.add(prompt_of(9))
+    engine.step()
+    return engine, request
+
+
+def planned_in_vain() -> tuple[Engine, Request]:
+    engine = Engine()
+    request = engine.add(prompt_of(9))
+    engine.schedule()
+    return engine, request
+
+
+def preempted() -> tuple[Engine, Request]:
+    engine = Engine(num_blocks=4, block_size=2)
+    engine.add([1, 2], max_tokens=6)
+    request = engine.add([3, 4], max_tokens=6)
+    while not request.metrics.preemptions:
+        engine.step()
+    return engine, request
+
+
+def sharing_blocks() -> tuple[Engine, Request]:
+    engine = Engine()
+    request, _ = engine.add(prompt_of(9)), engine.add([*prompt_of(8), 77])
+    engine.step()
+    return engine, request
+
+
+@pytest.mark.parametrize("request_in_state", [
+    in_the_queue, decoding, amid_its_prompt, planned_in_vain, preempted, sharing_blocks
+])
+def test_a_request_can_be_aborted_once(request_in_state: Callable[[], tuple[Engine, Request]]) -> None:
+    engine, request = request_in_state()
+    output = request.output_token_ids
+    engine.scheduler.abort(request)
+    engine.scheduler.check_invariants()
+    assert (request.status, request.finish_reason) == (RequestStatus.FINISHED, "abort")
+    assert (request.block_table, request.output_token_ids) == ([], output)
+    assert request not in [*engine.scheduler.running, *engine.waiting]
+    with pytest.raises(ValueError, match=repr(request.request_id)):
+        engine.scheduler.abort(request)
+    engine.run()
+    for other in engine.requests:
+        prompt = other.token_ids[: other.num_prompt_tokens]
+        assert other is request or other.output_token_ids == continuation(prompt, other.params.max_tokens)
+    engine.assert_all_blocks_are_back()
+
+
+def test_aborting_a_finished_request_is_an_error_and_changes_nothing() -> None:
+    engine = Engine()
+    request = engine.add([1], max_tokens=1)
+    engine.run()
+    with pytest.raises(ValueError, match="finished"):
+        engine.scheduler.abort(request)
+    assert request.finish_reason == "length"
+    assert engine.scheduler.stats.num_finished == 1
+
+
+# Figures.
+
+
+def test_the_statistics_are_exact() -> None:
+    engine = Engine(num_blocks=4, block_size=2, seats=2)
+    engine.add([1, 2], max_tokens=6)
+    engine.add([3, 4], max_tokens=4)
+    steps = 0
+    while engine.scheduler.has_unfinished():
+        engine.step()
+        steps += 1
+    stats = engine.scheduler.stats
+    assert (stats.num_steps, stats.num_finished, stats.num_preemptions) == (steps, 2, 1)
+    assert (stats.prompt_tokens, stats.prompt_hit_tokens, stats.output_tokens) == (2 + 2, 0, 6 + 4)
+    # Of the five tokens that the second knew when it gave way, those in blocks that the first has not taken are left.
+    hits = engine.requests[1].metrics.prefix_hit_tokens
+    assert stats.computed_tokens == (2 + 5) + (2 + 2) + (5 - hits)
+    assert engine.allocator.stats().prefix_hit_tokens == hits
+
+
+def test_prompt_hits_are_counted_when_a_request_first_runs_and_not_when_it_resumes() -> None:
+    engine = Engine(num_blocks=6, block_size=2)
+    engine.add([1, 2, 3, 4], max_tokens=1)
+    engine.run()
+    engine.add([1, 2, 3], max_tokens=8)
+    resumed = engine.add([1, 2, 3, 4, 5, 6], max_tokens=4)
+    engine.run()
+    assert resumed.metrics.preemptions == 1
+    assert resumed.metrics.prefix_hit_tokens > 4
+    assert engine.scheduler.stats.prompt_tokens == 4 + 3 + 6
+    assert engine.scheduler.stats.prompt_hit_tokens == 0 + 2 + 4
+
+
+def test_the_times_of_a_request_are_its_arrival_its_first_token_and_its_end() -> None:
+    engine = Engine(budget=2)
+    now = 0.0
+    engine.scheduler.clock = lambda: now
+    request = engine.add([1, 2, 3], max_tokens=3)
+    times = []
+    while engine.scheduler.has_unfinished():
+        now += 1.0
+        engine.step()
+        times.append(request.metrics.first_token_time)
+    assert times == [None, 2.0, 2.0, 2.0]
+    assert (request.metrics.arrival_time, request.metrics.finished_time) == (0.0, 4.0)
+
+
+# Anything, in any mixture.
+
+
+@cache
+def random_mixture(seed: int, abandon: bool) -> Counter[str]:
+    """Runs requests that have nothing to do with one another, checks what each became; what happened on the way."""
+    rng = random.Random(seed)
+    size = rng.choice([1, 2, 3, 4, 8, 16])
+    beginnings = [[], *([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 24))] for _ in range(2))]
+    wishes = []
+    for _ in range(rng.randint(3, 14)):
+        suffix = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, rng.choice([2, 20])))]
+        stop = [rng.randrange(VOCABULARY)] if rng.random() < 0.3 else []
+        wishes.append((rng.choice(beginnings) + suffix, rng.randint(1, 24), stop))
+    longest = max(len(prompt) + max_tokens - 1 for prompt, max_tokens, _ in wishes)
+    engine = Engine(num_blocks=-(-longest // size) + rng.choice([0, 0, 1, 2, 5, 20]), block_size=size,
+                    seats=rng.choice([1, 3, 20, 20]), budget=rng.choice([1, 5, 16, 64]),
+                    watermark=rng.choice([0.0, 0.0, 0.05, 0.3, 1.0]), sharing=rng.random() < 0.8)
+    scheduler, allocator = engine.scheduler, engine.allocator
+    happened: Counter[str] = Counter()
+
+    while scheduler.has_unfinished() or len(engine.requests) < len(wishes):
+        while len(engine.requests) < len(wishes) and rng.random() < 0.5:
+            prompt, max_tokens, stop = wishes[len(engine.requests)]
+            engine.add(prompt, max_tokens, stop_token_ids=stop)
+        if not scheduler.has_unfinished():
+            continue
+        while abandon and rng.random() < 0.3:
+            happened["plans abandoned"] += 1
+            engine.schedule()
+        if rng.random() < 0.01:
+            happened["aborted"] += 1
+            scheduler.abort(rng.choice([*scheduler.running, *engine.waiting]))
+            scheduler.check_invariants()
+            continue
+        step = engine.step()
+        happened["chunks"] += len(step.requests) - len(step.sampled())
+        if not abandon:
+            waste = allocator.stats().reserved_slots - allocator.stats().filled_slots
+            assert waste <= len(scheduler.running) * (size - 1), f"seed {seed}: {waste} slots wasted"
+            for request in scheduler.running:
+                assert len(request.block_table) == -(-request.num_computed_tokens // size), f"seed {seed}: {request}"
+
+    for request, (prompt, max_tokens, stop) in zip(engine.requests, wishes, strict=True):
+        expected = continuation(prompt, max_tokens, stop)
+        if request.finish_reason == "abort":
+            expected = expected[: request.num_output_tokens]
+        assert request.output_token_ids == expected, f"seed {seed}: {request}"
+    engine.assert_all_blocks_are_back()
+    assert allocator.enable_prefix_caching or allocator.stats().cached_blocks == 0
+    happened["preemptions"] = scheduler.stats.num_preemptions
+    happened["tokens found"] = allocator.stats().prefix_hit_tokens
+    happened["evictions"] = allocator.stats().evicted_blocks
+    happened["resumed from shared blocks"] = sum(
+        bool(request.metrics.preemptions and request.metrics.prefix_hit_tokens) for request in engine.requests)
+    return happened
+
+
+SEEDS = range(120)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_a_request_becomes_does_not_depend_on_scheduling(seed: int) -> None:
+    random_mixture(seed, abandon=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_waste_is_at_most_the_end_of_each_requests_last_block(seed: int) -> None:
+    random_mixture(seed, abandon=False)
+
+
+def test_the_random_mixtures_meet_every_pressure_often() -> None:
+    happened = sum((random_mixture(seed, abandon=True) for seed in SEEDS), Counter())
+    assert {what for what, times in happened.items() if times >= 50} == {
+        "plans abandoned", "aborted", "chunks", "preemptions", "tokens found", "evictions", "resumed from shared blocks"
+    }, happened
+
+
+def test_scheduling_needs_no_numerical_library() -> None:
+    program = ("import sys, nanopaged.scheduler, nanopaged.block_allocator; "
+               "print(sorted({'torch', 'triton', 'numpy'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                          cwd=Path(nanopaged.__file__).parents[1])
+    assert done.stdout.strip() == "[]"
