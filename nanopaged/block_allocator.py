@@ -84,8 +84,7 @@ class BlockAllocator:
         """Blocks that `take` can hand out: the free ones and the cached ones."""
         return len(self._free) + len(self._cached)
 
-    def cached_blocks(self) -> set[int]:
-        """The blocks that nobody holds, but that can still be found."""
+    def cached_blocks(self) -> set[int]:  # those that nobody holds, but that can still be found
         return set(self._cached)
 
     def ref_count(self, block: int) -> int:

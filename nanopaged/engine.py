@@ -139,7 +139,7 @@ class LLM:
 
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns every request that gained tokens, in it or while `generate` ran for others."""
-        if self._requests:
+        if self.scheduler.has_unfinished():
             self._advance()
         outputs = [self._output(request) for request in self._news.values()]
         self._news.clear()

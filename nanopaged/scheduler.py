@@ -97,6 +97,9 @@ class Scheduler:
         request.metrics.arrival_time = self.clock()
         self.waiting[request.request_id] = request
 
+    def has_unfinished(self) -> bool:
+        return bool(self.running or self.waiting)
+
     def schedule(self) -> Step:
         """Plans the next step: running requests first, then as many waiting ones as fit.
 
