@@ -66,19 +66,23 @@ def load_model(model: str) -> GPT2:
 def download(name: str, url: str | None = None) -> Path:
     """The path of a published model's weights in torch's cache folder, downloaded if not there yet.
 
-    `name` is a key of `PUBLISHED`; without a `url` it comes from the public repository. Raises
-    CheckpointError, and keeps nothing, where there is no connection or the SHA-256 is not the known one.
+    `name` is a key of `PUBLISHED`. Raises CheckpointError, and keeps nothing, without a connection, and
+    for a file that is not whole or not the known one.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}-pytorch_model.bin"
     if not path.exists():
         url = url or URL.format(name=name)
         path.parent.mkdir(parents=True, exist_ok=True)
         logger.info("downloading %s to %s", url, path)
-        try:  # torch moves the file to its name when it is whole: a download that is cut off leaves nothing
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=SHA256.get(name), progress=True)
-        except (OSError, RuntimeError) as error:  # no network, no such page; a wrong hash
-            raise CheckpointError(f"could not download {name} from {url}: {error}. With the file from elsewhere, "
-                                  "give its path as the model") from error
+        part = path.with_suffix(".part")
+        try:
+            torch.hub.download_url_to_file(url, str(part), hash_prefix=SHA256.get(name), progress=True)
+            read_weights(part)  # torch.hub does not notice a connection that breaks off
+            part.replace(path)
+        except (OSError, RuntimeError, CheckpointError) as error:  # no network, no such page; a wrong hash; half a file
+            raise CheckpointError(f"could not download {name} from {url}: {error}. Or give its path as the model") from error
+        finally:
+            part.unlink(missing_ok=True)
     return path
 
 
@@ -97,7 +101,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: no whole file of tensors (cut off, or another kind of file): {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not (isinstance(state, dict) and all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items())):
         raise CheckpointError(f"{path}: holds no state dict (names and tensors), but a {type(state).__name__}")
     return state
 
@@ -120,7 +124,7 @@ def read_config(weights: Path, state: dict[str, torch.Tensor]) -> GPT2Config:
             raise CheckpointError(f"{path}: not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise CheckpointError(f"{path}: must hold one JSON object, got a {type(fields).__name__}")
-    elif n_embd % 64:
+    if "n_head" not in fields and n_embd % 64:
         raise CheckpointError(f"{weights}: the head count cannot be told from n_embd={n_embd}, which is no multiple "
                               "of 64: put the model's config.json, with n_head, beside it")
     for field, value in {**FIXED_FIELDS, **shape}.items():
@@ -132,7 +136,7 @@ def read_config(weights: Path, state: dict[str, torch.Tensor]) -> GPT2Config:
         eos_token_id = None  # GPT-2's own, left in the file of a smaller vocabulary
     try:
         return GPT2Config(**shape, n_head=fields.get("n_head", n_embd // 64), n_kv_head=fields.get("n_kv_head"),
-                          layer_norm_epsilon=float(fields.get("layer_norm_epsilon", 1e-5)), eos_token_id=eos_token_id)
+                          layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-5), eos_token_id=eos_token_id)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

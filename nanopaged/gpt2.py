@@ -18,7 +18,7 @@ from torch import nn
 
 from nanopaged.batch import Batch
 from nanopaged.paged_attention import AttentionBackend
-from nanopaged.validation import require_int
+from nanopaged.validation import require_int, require_number
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class GPT2Config:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_kv_head", "n_inner"):
             if name not in ("n_kv_head", "n_inner") or getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 1)
+        require_number("layer_norm_epsilon", self.layer_norm_epsilon, 0.0)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head must divide n_embd, got n_head={self.n_head}, n_embd={self.n_embd}")
         if self.n_head % self.num_kv_heads:

@@ -258,7 +258,6 @@ def _paged_attention_kernel(
 
 
 def check_kernel_sizes(block_size: int, head_dim: int) -> None:
-    """Raises ValueError where the Triton kernels do not support a size."""
     if block_size not in BLOCK_SIZES or head_dim not in HEAD_DIMS:
         raise ValueError(f"the Triton kernels take a block_size of {BLOCK_SIZES} and a head_dim of {HEAD_DIMS}, "
                          f"got {block_size} and {head_dim}: use attention='torch'")
@@ -298,8 +297,7 @@ def _check_cache(name: str, rows: torch.Tensor, k_cache: torch.Tensor, v_cache: 
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], cache: torch.Tensor,
-           dtype: torch.dtype | None = None) -> None:
-    """`tensor` has this shape, a contiguous last dimension, this dtype (None: the cache's), the cache's device."""
+           dtype: torch.dtype | None = None) -> None:  # None: the cache's
     dtype = dtype or cache.dtype
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")

@@ -16,7 +16,7 @@ from nanopaged.request import Request
 
 
 def uniform(seed: int, index: int) -> float:
-    """A uniform number in [0, 1) for the `index`-th token of a request; the same on every machine."""
+    """A number in [0, 1) for the `index`-th token of a request; the same on every machine."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53  # 53 bits: a double's precision, below 1
 
@@ -39,7 +39,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
             top_k=logits.new_tensor([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params],
                                     dtype=torch.int64),
             top_p=logits.new_tensor([p.top_p if p.top_p < 1 else torch.inf for p in params], dtype=torch.float32),
-            draws=logits.new_tensor(draws, dtype=torch.float32),
+            draws=logits.new_tensor(draws, dtype=torch.float64),
         )
     return token_ids.tolist()
 
@@ -54,12 +54,13 @@ def _draw(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, 
     scores = (scores - scores[:, :1]) / temperature.clamp(min=1e-6)[:, None]
     rank = torch.arange(scores.shape[1], device=scores.device)
     scores = scores.masked_fill(rank >= top_k[:, None], -torch.inf)
-    probs = scores.softmax(dim=-1)  # (rows, vocab), largest first
+    # Summed in double: on a GPU the order of a sum may vary, and its rounding must not move a draw.
+    probs = scores.softmax(dim=-1).double()  # (rows, vocab), largest first
     before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
     kept = (before < top_p[:, None]) & (probs > 0)  # always the likeliest: nothing is before it
     cumulative = (probs * kept).cumsum(dim=-1)
     target = draws[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)  # (rows, 1)
-    # A float32 draw may round up to the total: then the last kept token is meant.
+    # A draw just below 1 may round up to the total: then the last kept token is meant.
     place = place.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)
     return ids.gather(1, place).squeeze(1)

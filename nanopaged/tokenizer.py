@@ -10,8 +10,6 @@ import codecs
 
 import tiktoken
 
-END_OF_TEXT = "<|endoftext|>"
-
 
 def gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's 50,257 ids; tiktoken downloads the vocabulary once. RuntimeError if it is not to be had."""
@@ -28,7 +26,7 @@ def gpt2_encoding() -> tiktoken.Encoding:
 def byte_encoding() -> tiktoken.Encoding:
     """257 ids: a byte is its own id, and 256 ends the text. Needs no download."""
     ranks = {bytes([byte]): byte for byte in range(256)}  # no merges, so each byte is a token
-    return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+    return tiktoken.Encoding("bytes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
 
 
 def tokenizer_for(vocab_size: int, download: bool) -> Tokenizer | None:
@@ -67,6 +65,5 @@ class Tokenizer:
         text = decoder.decode(pending + self._encoding.decode_single_token_bytes(token_id))
         return text, decoder.getstate()[0]
 
-    def end_stream(self, pending: bytes) -> str:
-        """What is left of a stream at its end: the replacement character, for half a character."""
+    def end_stream(self, pending: bytes) -> str:  # half a character at the end is shown as the replacement character
         return pending.decode(errors="replace")

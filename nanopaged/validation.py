@@ -25,7 +25,6 @@ def require_number(name: str, value: object, minimum: float, maximum: float = ma
 
 
 def require_choice(name: str, value: object, allowed: tuple[object, ...]) -> object:
-    """One of a few values, of the same type as they."""
     if type(value) is not type(allowed[0]):
         raise TypeError(f"{name} must be a {type(allowed[0]).__name__}, got {value!r} ({type(value).__name__})")
     if value not in allowed:

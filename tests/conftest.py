@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors of most tests are so small that a second thread only costs
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined, so before nanopaged is imported

@@ -786,7 +786,7 @@ def test_thousands_of_random_operations_agree_with_a_naive_pool(seed: int) -> No
         if not texts or (len(texts) < 6 and rng.random() < 0.1):
             begin()
         i = rng.randrange(len(texts))
-        in_last_block = len(texts[i]) - max(0, len(texts[i]) - 1) // size * size
+        in_last_block = len(texts[i]) - size * max(0, len(naive.tables[i]) - 1)
         match rng.choice(["write"] * 10 + ["rewrite", "branch", "end"]):
             case "write":
                 write(i, in_last_block % size)
@@ -798,5 +798,6 @@ def test_thousands_of_random_operations_agree_with_a_naive_pool(seed: int) -> No
                 end(i)
         allocator.check_invariants(naive.tables)
         assert allocator.stats() == naive.stats(), where
+        assert allocator.cached_blocks() == set(naive.cached), where
         assert all(allocator.ref_count(block) == naive.holders(block) for block in range(num_blocks)), where
     assert not sharing or (naive.evicted_blocks > 20 and naive.prefix_hit_tokens > 20), f"seed {seed}: too tame"

@@ -180,6 +180,12 @@ def test_a_config_that_cannot_be_names_its_field(field: str, value: object, erro
     assert field in str(caught.value)
 
 
+def test_the_mlp_is_as_wide_as_n_inner_says_or_four_times_the_model() -> None:
+    for n_inner, width in ((80, 80), (None, 256)):
+        mlp = GPT2(replace(TINY, n_inner=n_inner)).h[1].mlp
+        assert (mlp.c_fc.out_features, mlp.c_proj.in_features) == (width, width)
+
+
 def test_the_default_config_is_gpt2_small() -> None:
     config = GPT2Config()
     with torch.device("meta"):

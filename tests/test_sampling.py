@@ -187,16 +187,23 @@ def test_the_smallest_draw_takes_the_likeliest_token_and_the_largest_the_last_th
 ) -> None:
     logits = torch.tensor([[-math.inf, 1.0, 3.0, -math.inf, 2.0]])
     kept = [i for i, prob in enumerate(expected(logits[0].tolist(), **params)) if prob > 0]
-    for draw, token in ((0.0, max(kept, key=lambda i: logits[0, i])), (ALMOST_ONE, min(kept, key=lambda i: logits[0, i]))):
+    for draw, extreme in ((0.0, max), (ALMOST_ONE, min)):
         monkeypatch.setattr(sampling, "uniform", lambda seed, index, draw=draw: draw)
-        assert sample(logits, [request(**params)]) == [token]
+        assert sample(logits, [request(**params)]) == [extreme(kept, key=lambda i: logits[0, i])]
+
+
+def test_a_draw_on_the_edge_between_two_tokens_takes_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quarter in range(4):
+        monkeypatch.setattr(sampling, "uniform", lambda seed, index, draw=quarter / 4: draw)
+        assert sample(torch.zeros(1, 4), [request()]) == [quarter]  # so each has exactly a quarter of [0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e4, 1e35])
 def test_a_token_that_is_ruled_out_is_never_drawn(scale: float, temperature: float, dtype: torch.dtype) -> None:
-    logits = (scale * torch.randn(500, 6, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits = scale * torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    logits = logits.clamp(torch.finfo(dtype).min / 2, torch.finfo(dtype).max / 2).to(dtype)
     logits[:, [0, 3, 5]] = -torch.inf
     draws = sample(logits, requests(500, temperature=temperature))
     assert set(draws) == {1, 2, 4}

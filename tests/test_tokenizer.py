@@ -8,7 +8,7 @@ import pytest
 import tiktoken
 
 from nanopaged import tokenizer
-from nanopaged.tokenizer import END_OF_TEXT, Tokenizer, byte_encoding, gpt2_encoding, tokenizer_for
+from nanopaged.tokenizer import Tokenizer, byte_encoding, gpt2_encoding, tokenizer_for
 
 EDGES = "a\n\t\0\x7f\x80é߿ࠀ€\ud7ff\ue000�\uffff𐀀😀\U0010ffff"  # first and last characters of each length in UTF-8
 # Tokens that end inside a character, begin inside one, or hold the end of one and more after it.
@@ -20,7 +20,7 @@ def bpe_encoding() -> tiktoken.Encoding:
     """A small byte pair encoding whose words may be any run of characters."""
     ranks = {bytes([byte]): 255 - byte for byte in range(256)}  # here a byte is not its own id, as in GPT-2
     ranks |= {merge: 256 + i for i, merge in enumerate(MERGES)}
-    return tiktoken.Encoding("small", pat_str=r"(?s:.)+", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 300})
+    return tiktoken.Encoding("small", pat_str=r"(?s:.)+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
 
 
 @pytest.fixture(params=[byte_encoding, bpe_encoding], ids=["bytes", "bpe"])
@@ -70,7 +70,7 @@ def test_no_text_has_no_ids(any_tokenizer: Tokenizer) -> None:
 
 
 def test_the_end_of_text_is_plain_text_when_a_user_writes_it(any_tokenizer: Tokenizer) -> None:
-    text = f"a{END_OF_TEXT}b"
+    text = "a<|endoftext|>b"
     token_ids = any_tokenizer.encode(text)
     assert any_tokenizer.eos_token_id not in token_ids
     assert "".join(streamed(any_tokenizer, token_ids)[0]) == text
