@@ -47,8 +47,8 @@ class Batch:
             slots += [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
             query_start.append(len(token_ids))
             seq_lens.append(end)
-            if end == len(request.token_ids):
-                logits_rows.append(len(token_ids) - 1)
+            if end == len(request.token_ids):  # one draw for it, and one for each follower that starts from it
+                logits_rows += [len(token_ids) - 1] * (1 + len(request.followers))
         longest = max(len(request.block_table) for request in step.requests)
         block_tables = [request.block_table + [0] * (longest - len(request.block_table)) for request in step.requests]
 

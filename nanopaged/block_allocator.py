@@ -87,6 +87,9 @@ class BlockAllocator:
     def cached_blocks(self) -> set[int]:  # those that nobody holds, but that can still be found
         return set(self._cached)
 
+    def is_published(self, block: int) -> bool:  # whether `find_prefix` can find it
+        return self._keys[block] is not None
+
     def ref_count(self, block: int) -> int:
         """How many holders a block has; 0 for a free or cached one."""
         return self._ref_counts[block]
@@ -182,6 +185,8 @@ class BlockAllocator:
         if parent is not None and self._keys[parent] is None:
             raise ValueError(f"block {block} cannot be published before its parent, block {parent}")
         key = (ROOT_IDENTITY if parent is None else self._identities[parent], tuple(tokens))
+        if self._keys[block] not in (None, key):
+            raise ValueError(f"block {block} is published already, with other contents")
         twin = self._index.setdefault(key, block)
         if twin == block:
             if self._keys[block] is None:

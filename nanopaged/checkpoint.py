@@ -16,6 +16,7 @@ import torch
 
 from nanopaged.copycat import build_copycat
 from nanopaged.gpt2 import GPT2, GPT2Config
+from nanopaged.validation import require_int
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def load_model(model: str) -> GPT2:
     if path.is_dir():
         path = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
         if path.is_dir():
-            raise CheckpointError(f"{path}: the folder holds none of {', '.join(WEIGHT_FILES)}")
+            raise CheckpointError(f"{model!r}: the folder holds none of {', '.join(WEIGHT_FILES)}")
     if not path.is_file():
         raise CheckpointError(f"unknown model {model!r}: not one of 'copycat', {', '.join(map(repr, PUBLISHED))}, "
                               "and no such file or folder")
@@ -101,7 +102,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: no whole file of tensors (cut off, or another kind of file): {reason}") from error
-    if not (isinstance(state, dict) and all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in state.items())):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path}: holds no state dict (names and tensors), but a {type(state).__name__}")
     return state
 
@@ -131,10 +133,10 @@ def read_config(weights: Path, state: dict[str, torch.Tensor]) -> GPT2Config:
         if fields.get(field) not in (None, value):
             raise CheckpointError(f"{path}: {field} is {fields[field]!r}, but this GPT-2, as the tensors and "
                                   f"the code have it, needs {value!r}")
-    eos_token_id = fields.get("eos_token_id", GPT2_EOS)
-    if eos_token_id not in range(vocab_size):
-        eos_token_id = None  # GPT-2's own, left in the file of a smaller vocabulary
     try:
+        eos_token_id = fields.get("eos_token_id", GPT2_EOS)
+        if eos_token_id is not None and require_int("eos_token_id", eos_token_id) not in range(vocab_size):
+            eos_token_id = None  # GPT-2's own, left in the file of a smaller vocabulary
         return GPT2Config(**shape, n_head=fields.get("n_head", n_embd // 64), n_kv_head=fields.get("n_kv_head"),
                           layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-5), eos_token_id=eos_token_id)
     except (TypeError, ValueError) as error:

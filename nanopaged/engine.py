@@ -4,16 +4,14 @@
                           ^                                                        │
                           └────────────────── until all have finished ─────────────┘
 
-A step computes first and records last: whatever raises on the way (model, sampler, tokenizer), only
-a few blocks were taken early, so the step can be repeated, or its requests aborted.
+A step computes first and records last: whatever raises on the way (model, sampler, tokenizer), no
+token was recorded, so the step can be repeated, or its requests aborted.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import os
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -21,20 +19,22 @@ from dataclasses import asdict, replace
 
 import torch
 
+from nanopaged.admission import Policy, policy
 from nanopaged.batch import Batch
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.checkpoint import load_model
 from nanopaged.gpt2 import GPT2
-from nanopaged.outputs import CompletionOutput, EngineStats, RequestOutput
-from nanopaged.paged_attention import TORCH, TRITON, AttentionBackend, check_kernel_sizes, triton
+from nanopaged.interrupts import uninterrupted
+from nanopaged.kv_cache import KVCache, block_bytes, free_bytes
+from nanopaged.outputs import CompletionOutput, RequestOutput
+from nanopaged.paged_attention import INTERPRETED, TORCH, TRITON, AttentionBackend, check_kernel_sizes, triton
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling import sample
-from nanopaged.sampling_params import SamplingParams
+from nanopaged.sampling_params import SamplingParams, continuation_seed, derive_seed
 from nanopaged.scheduler import Scheduler
+from nanopaged.stats import EngineStats
 from nanopaged.tokenizer import Tokenizer, tokenizer_for
-from nanopaged.validation import require_choice, require_int, require_number
-
-logger = logging.getLogger(__name__)
+from nanopaged.validation import require_choice, require_int, require_number, require_seed, shown
 
 
 class LLM:
@@ -53,7 +53,15 @@ class LLM:
             other programs share, the pool takes a quarter of this share of what is free.
         max_model_len: longest prompt plus output, in tokens; None: the model's context.
         max_num_seqs, max_num_batched_tokens: requests and tokens in one step at most.
-        enable_prefix_caching, watermark: see `BlockAllocator` and `Scheduler`.
+        enable_prefix_caching: let requests with an equal beginning share its blocks.
+        admission: whom to let in: "watermark" (who fits while this share of the pool stays free),
+            "reserve" (who fits at full length: nobody is ever preempted), "greedy" (who fits this
+            instant), or a function of one's own, see `admission.Situation`.
+        watermark: share of the pool, from 0 to 1, that the policy of this name leaves free.
+        max_waiting: requests that may wait; None: any number. `generate` then sends its prompts in
+            as there is room; `add_request` raises TooManyWaiting.
+        preemption: what happens to the KV of a request that gives way: "recompute" it later, or
+            "swap" it to `swap_blocks` blocks of CPU memory, and recompute what does not fit there.
         seed: seeds the requests that bring no seed of their own.
         tokenizer: for a GPT2 given as `model`. None: bytes if its vocabulary is 257, else prompts
             must be token ids and outputs have no text.
@@ -65,7 +73,8 @@ class LLM:
                  attention: str = "auto", block_size: int = 16, num_blocks: int | None = None,
                  gpu_memory_utilization: float = 0.9, max_model_len: int | None = None, max_num_seqs: int = 256,
                  max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True, watermark: float = 0.01,
-                 seed: int = 0, tokenizer: Tokenizer | None = None) -> None:
+                 admission: str | Policy = "watermark", max_waiting: int | None = None, preemption: str = "recompute",
+                 swap_blocks: int = 1024, seed: int = 0, tokenizer: Tokenizer | None = None) -> None:
         self.device = _resolve_device(device)
         self.dtype = _resolve_dtype(dtype, self.device)
         self.attention = _resolve_attention(attention, self.device)
@@ -74,11 +83,20 @@ class LLM:
             raise ValueError(f"block_size must be a power of two from 8 to 256, got {block_size}")
         if require_number("gpu_memory_utilization", gpu_memory_utilization, 0.0, 1.0) == 0.0:
             raise ValueError("gpu_memory_utilization must be in (0, 1], got 0")
+        require_choice("preemption", preemption, ("recompute", "swap"))
+        require_int("swap_blocks", swap_blocks, 1)
+        policy(admission, watermark)
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            raise TypeError(f"tokenizer must be a Tokenizer, got {shown(tokenizer)}")
+        for name, value in (("num_blocks", num_blocks), ("max_waiting", max_waiting), ("max_model_len", max_model_len)):
+            if value is not None:
+                require_int(name, value, 1)
+        require_choice("enable_prefix_caching", enable_prefix_caching, (True, False))
         require_int("max_num_seqs", max_num_seqs, 1)
         require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
-        self._random = random.Random(require_int("seed", seed))
+        self.seed = require_seed("seed", seed)
         if not isinstance(model, (str, os.PathLike, GPT2)):
-            raise TypeError(f"model must be a name, a path or a GPT2, got {model!r} ({type(model).__name__})")
+            raise TypeError(f"model must be a name, a path or a GPT2, got {shown(model)}")
 
         self.model = copy.deepcopy(model).eval() if isinstance(model, GPT2) else load_model(os.fspath(model))
         config = self.config = self.model.config
@@ -92,30 +110,29 @@ class LLM:
                              "they do not belong together")
         self.model.to(self.device, self.dtype)
 
-        # One tensor for all layers: (n_layer, K and V, num_blocks, num_kv_heads, block_size, head_dim)
-        block_bytes = config.n_layer * 2 * config.num_kv_heads * block_size * config.head_dim * self.dtype.itemsize
         if num_blocks is None:
+            room = free_bytes(config, self.device, self.dtype, gpu_memory_utilization, max_num_seqs,
+                              max_num_batched_tokens)
             useful = max_num_seqs * -(-max_model_len // block_size)  # all seats taken, at full length
-            fitting = self._free_bytes(gpu_memory_utilization, max_num_seqs, max_num_batched_tokens) // block_bytes
-            num_blocks = min(useful, max(fitting, 1))
-        require_int("num_blocks", num_blocks, 1, 2**31 - 1)  # block tables are int32
-        pool = f"{num_blocks} blocks of {block_size} tokens, {num_blocks * block_bytes / 2**20:.1f} MiB on {self.device}"
-        logger.info("KV cache: %s", pool)
-        shape = (config.n_layer, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        try:
-            self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise ValueError(f"there is no memory for a KV cache of {pool}: lower num_blocks") from error
+            num_blocks = min(useful, room // block_bytes(config, block_size, self.dtype))
+            if num_blocks < 1:
+                raise ValueError(f"{self.device} has no memory left for a single block: free some, raise "
+                                 "gpu_memory_utilization, or set num_blocks")
+        swap_blocks = swap_blocks if preemption == "swap" else 0
+        self.kv_cache = KVCache(config, block_size, require_int("num_blocks", num_blocks, 1), swap_blocks, self.device,
+                                self.dtype)
         allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching)
-        self.scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, max_model_len, watermark)
+        self.scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, max_model_len,
+                                   policy(admission, watermark), swap_blocks, max_waiting)
         self._num_added = 0
-        self._requests: dict[str, Request] = {}  # unfinished ones
-        self._news: dict[str, Request] = {}  # gained tokens that no output has reported yet
+        self._groups: dict[str, list[Request]] = {}  # the continuations of each unfinished request
+        self._news: dict[str, list[Request]] = {}  # of requests that gained tokens which no output has reported yet
 
     def add_request(self, prompt: str | list[int], sampling_params: SamplingParams | None = None) -> str:
         """Queues a prompt, text or token ids, beside whatever runs; `step` does the work.
 
-        Returns the request's id. Raises TypeError or ValueError for what cannot be, and changes nothing.
+        Returns the request's id. Raises TypeError or ValueError for what cannot be, and TooManyWaiting
+        where the queue is full; then nothing is changed.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
@@ -128,37 +145,48 @@ class LLM:
             raise TypeError(f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}")
         for token_id in prompt:
             require_int("a prompt's token id", token_id, 0, self.config.vocab_size - 1)
+        for token_id in params.stop_token_ids:
+            require_int("stop_token_ids", token_id, 0, self.config.vocab_size - 1)
         if params.stop and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model came with none: use stop_token_ids")
-        seed = self._random.getrandbits(64) if params.seed is None else params.seed
-        request = Request(str(self._num_added), list(prompt), params, self.config.eos_token_id, seed)
-        self.scheduler.add(request)
+        seed = derive_seed(self.seed, "request", self._num_added) if params.seed is None else params.seed
+        request_id = str(self._num_added)
+        members = [Request(f"{request_id}.{i}", prompt, params, self.config.eos_token_id, continuation_seed(seed, i))
+                   for i in range(params.n)]
+        members[0].followers = members[1:]
+        for member in members:
+            member.group_id, member.has_siblings = request_id, params.n > 1
+        self.scheduler.add(members[0])
         self._num_added += 1
-        self._requests[request.request_id] = request
-        return request.request_id
+        self._groups[request_id] = members
+        return request_id
 
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns every request that gained tokens, in it or while `generate` ran for others."""
         if self.scheduler.has_unfinished():
             self._advance()
-        outputs = [self._output(request) for request in self._news.values()]
+        outputs = [self._output(request_id, members) for request_id, members in self._news.items()]
         self._news.clear()
         return outputs
 
     def _advance(self) -> None:
-        step = self.scheduler.schedule()
+        with uninterrupted():
+            step = self.scheduler.schedule()
+        self.kv_cache.carry_out(self.scheduler.moves)
         batch = Batch.from_step(step, self.block_size, self.device)
-        logits = self.model(batch, self.kv_cache, self.attention)  # (num_sampled, vocab_size)
+        logits = self.model(batch, self.kv_cache.blocks, self.attention)  # (num_sampled, vocab_size)
         sampled = step.sampled()
         token_ids = sample(logits, sampled)
         texts = [self._extended_text(request, token) for request, token in zip(sampled, token_ids)]
         stopped = {request.request_id for request, (_, _, stop) in zip(sampled, texts) if stop}
-        # Nothing below can raise: from here on the step has happened.
-        self.scheduler.update(step, token_ids, stopped)
-        for request, (request.text, request.pending, _) in zip(sampled, texts):
-            self._news[request.request_id] = request
-            if request.status is RequestStatus.FINISHED:
-                del self._requests[request.request_id]
+        with uninterrupted():  # from here on the step has happened
+            self.scheduler.update(step, token_ids, stopped)
+            for request, (text, pending, _) in zip(sampled, texts):
+                request.text, request.pending = text, pending
+                self._news[request.group_id] = self._groups[request.group_id]
+            for group_id in {request.group_id for request in sampled if request.status is RequestStatus.FINISHED}:
+                if all(member.status is RequestStatus.FINISHED for member in self._groups[group_id]):
+                    del self._groups[group_id]
 
     def _extended_text(self, request: Request, token_id: int) -> tuple[str, bytes, bool]:
         """(text, pending bytes, whether a stop string is reached) with one more token."""
@@ -170,15 +198,20 @@ class LLM:
         ends = [end for end in ends if end >= 0]
         return (text[: min(ends)], b"", True) if ends else (text, pending, False)
 
-    def _output(self, request: Request) -> RequestOutput:
-        finished = request.status is RequestStatus.FINISHED
-        text = request.text + (self.tokenizer.end_stream(request.pending) if finished and request.pending else "")
-        if not finished and request.params.stop:
-            # What may turn out to begin a stop string is held back: shown text is never taken back.
-            text = text[: max(0, len(text) - max(map(len, request.params.stop)) + 1)]
-        completion = CompletionOutput(0, text, request.output_token_ids, request.finish_reason)
-        prompt = request.token_ids[: request.num_prompt_tokens]
-        return RequestOutput(request.request_id, prompt, [completion], finished, replace(request.metrics))
+    def _output(self, request_id: str, members: list[Request]) -> RequestOutput:
+        completions = []
+        for i, member in enumerate(members):
+            finished, text = member.status is RequestStatus.FINISHED, member.text
+            if finished and member.pending:
+                text += self.tokenizer.end_stream(member.pending)
+            elif not finished and member.params.stop:
+                # What may turn out to begin a stop string is held back: shown text is never taken back.
+                text = text[: max(0, len(text) - max(map(len, member.params.stop)) + 1)]
+            completions.append(CompletionOutput(i, text, member.output_token_ids, member.finish_reason,
+                                                replace(member.metrics)))
+        finished = all(member.status is RequestStatus.FINISHED for member in members)
+        prompt = members[0].token_ids[: members[0].num_prompt_tokens]
+        return RequestOutput(request_id, prompt, completions, finished, completions[0].metrics)
 
     def generate(self, prompts: str | Sequence[str | list[int]],
                  sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:
@@ -200,58 +233,71 @@ class LLM:
         if len(sampling_params) != len(prompts):
             raise ValueError(f"got {len(sampling_params)} sampling_params for {len(prompts)} prompts: "
                              "give one for all, or one for each")
-        mine: list[Request] = []
+        mine: dict[str, list[Request]] = {}
         start, before = time.monotonic(), replace(self.scheduler.stats)
+        wanted = sum(params.n if isinstance(params, SamplingParams) else 1 for params in sampling_params)
+
+        def advance() -> None:
+            self._advance()
+            done = self.scheduler.stats.num_finished - before.num_finished
+            tokens = self.scheduler.stats.output_tokens - before.output_tokens
+            _show_progress(f"{done} of {wanted} continuations, {tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s")
+
         try:
             for prompt, params in zip(prompts, sampling_params):
-                mine.append(self._requests[self.add_request(prompt, params)])
-            for request in mine:
-                while request.status is not RequestStatus.FINISHED:
-                    self._advance()
-                    done = self.scheduler.stats.num_finished - before.num_finished
-                    tokens = self.scheduler.stats.output_tokens - before.output_tokens
-                    _show_progress(f"{done} of {len(mine)} requests, {tokens / (time.monotonic() - start):.0f} tokens/s")
+                while self.scheduler.queue_is_full():
+                    advance()
+                with uninterrupted():
+                    request_id = self.add_request(prompt, params)
+                    mine[request_id] = self._groups[request_id]
+            for request_id in mine:
+                while request_id in self._groups:
+                    advance()
         except BaseException:
-            for request in mine:
-                if request.request_id in self._requests:
-                    self.abort_request(request.request_id)
+            with uninterrupted():
+                for request_id in mine.keys() & self._groups.keys():
+                    self._abort(request_id)
             raise
         finally:
+            with uninterrupted():
+                for request_id in mine:
+                    self._news.pop(request_id, None)
             _show_progress("")
-            for request in mine:
-                self._news.pop(request.request_id, None)
-        return [self._output(request) for request in mine]
+        return [self._output(request_id, members) for request_id, members in mine.items()]
 
     def abort_request(self, request_id: str) -> RequestOutput:
-        """Ends an unfinished request; its blocks go back. Returns what it came to, with finish_reason "abort"."""
-        if request_id not in self._requests:
+        """Ends an unfinished request, all its continuations; its blocks go back.
+
+        Returns what it came to; what had not finished has the finish_reason "abort".
+        """
+        if not isinstance(request_id, str) or request_id not in self._groups:
             raise ValueError(f"no unfinished request has the id {request_id!r}")
-        request = self._requests.pop(request_id)
+        with uninterrupted():
+            members = self._abort(request_id)
+        return self._output(request_id, members)
+
+    def _abort(self, request_id: str) -> list[Request]:
+        members = self._groups.pop(request_id)
         self._news.pop(request_id, None)
-        self.scheduler.abort(request)
-        return self._output(request)
+        for member in members:
+            if member.status is not RequestStatus.FINISHED:
+                self.scheduler.abort(member)
+        return members
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to do, or to report."""
-        return bool(self._requests or self._news)
+        return bool(self._groups or self._news)
 
     def stats(self) -> EngineStats:
-        """Plain numbers, at this moment and since the start."""
-        scheduler = self.scheduler
-        return EngineStats(num_waiting=len(scheduler.waiting), num_running=len(scheduler.running),
-                           **asdict(scheduler.allocator.stats()), **asdict(scheduler.stats))
-
-    def _free_bytes(self, utilization: float, max_num_seqs: int, max_num_batched_tokens: int) -> int:
-        if self.device.type == "cpu":
-            try:
-                return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * utilization / 4)
-            except (AttributeError, ValueError, OSError):  # not every system tells
-                return 2**30
-        free, total = torch.cuda.mem_get_info(self.device)
-        # A step's own needs: some 16 rows of n_embd a token, and to sample, six float32 copies of the logits.
-        step = (16 * max_num_batched_tokens * self.config.n_embd * self.dtype.itemsize
-                + 24 * min(max_num_seqs, max_num_batched_tokens) * self.config.vocab_size)
-        return int(free - (1 - utilization) * total - step)
+        """Plain numbers: at this moment, over the last steps, and since the start."""
+        scheduler, swap = self.scheduler, self.scheduler.swap.allocator
+        steps, window = max(1, len(scheduler.storm_watch.steps)), scheduler.storm_watch.window
+        return EngineStats(
+            num_waiting=len(scheduler.waiting), num_running=len(scheduler.running), goodput=window.goodput,
+            preemptions_per_step=window.preemptions / steps,
+            pool_occupancy=window.referenced_blocks / steps / scheduler.allocator.num_blocks,
+            swap_blocks=swap.num_blocks if swap else 0, swap_blocks_used=swap.stats().referenced_blocks if swap else 0,
+            **asdict(scheduler.allocator.stats()), **asdict(scheduler.stats))
 
 
 def _show_progress(line: str) -> None:
@@ -263,12 +309,12 @@ def _resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = str(device).partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal():
+    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal() or (kind == "cpu" and int(index or 0)):
         raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices: "
-                         "use device='cpu', or install a driver and a CUDA build of torch")
-    return torch.device(device)
+        raise ValueError(f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA "
+                         "devices: use device='cpu', or install a driver and a CUDA build of torch")
+    return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -284,7 +330,7 @@ def _resolve_attention(attention: str, device: torch.device) -> AttentionBackend
         return TORCH
     if triton is None:
         raise ValueError("attention='triton' needs the triton package, which is not installed: use attention='torch'")
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and not INTERPRETED:
         raise ValueError("attention='triton' on a CPU runs only in Triton's interpreter: set the environment variable "
                          "TRITON_INTERPRET=1 before starting Python, or use attention='torch'")
     return TRITON

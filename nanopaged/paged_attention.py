@@ -24,6 +24,7 @@ program owns a tile of query rows that share one key-value head, and walks that 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ try:
 except ImportError:  # there is no Triton for macOS and Windows; the torch reference runs everywhere
     triton = tl = None
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # read when the kernels below are defined
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)  # these and the next are the kernels' limits;
 HEAD_DIMS = (16, 32, 64, 128, 256)  # the torch reference takes any
@@ -79,7 +81,7 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
             positions j * block_size and up. Entries past a request's length are not read.
         query_start: (num_requests + 1,) int32, from 0 to num_tokens, not falling.
         seq_lens: (num_requests,) int32, tokens in the context, with this step's rows.
-        max_query_len: the most rows that one request has.
+        max_query_len: the most rows that one request has; the kernel leaves further rows unwritten.
         scale: multiplies the scores; 1 / sqrt(head_dim) in GPT-2.
 
     Returns (num_tokens, num_heads, head_dim), contiguous, q's dtype. Raises TypeError or ValueError
@@ -120,11 +122,12 @@ def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_c
     check_kernel_sizes(*k_cache.shape[2:])
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens:
-        _write_kv_kernel[(num_tokens, num_kv_heads)](
-            k, v, k_cache, v_cache, slots,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
-            BLOCK_SIZE=k_cache.shape[2], HEAD_DIM=head_dim,
-        )
+        with _device_of(k):
+            _write_kv_kernel[(num_tokens, num_kv_heads)](
+                k, v, k_cache, v_cache, slots,
+                k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
+                BLOCK_SIZE=k_cache.shape[2], HEAD_DIM=head_dim,
+            )
 
 
 def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
@@ -140,16 +143,22 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
         return out
     tile_rows, tile_q = query_tile(group, max_query_len)
     grid = (len(seq_lens), num_kv_heads, triton.cdiv(max_query_len, tile_q))
-    _paged_attention_kernel[grid](
-        q, k_cache, v_cache, out, block_tables, query_start, seq_lens, scale * LOG2_E,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1), k_cache.stride(0), v_cache.stride(0),
-        block_tables.stride(0),
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        TILE_Q=tile_q, TILE_ROWS=tile_rows, TILE_KV=max(16, min(64, 16384 // (head_dim * q.element_size()))),
-        # A tensor on the CPU means Triton's interpreter, whose dot takes bfloat16's bits for integers.
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
-    )
+    with _device_of(q):
+        _paged_attention_kernel[grid](
+            q, k_cache, v_cache, out, block_tables, query_start, seq_lens, scale * LOG2_E,
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1), k_cache.stride(0), v_cache.stride(0),
+            block_tables.stride(0),
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+            TILE_Q=tile_q, TILE_ROWS=tile_rows, TILE_KV=max(16, min(64, 16384 // (head_dim * q.element_size()))),
+            # A tensor on the CPU means Triton's interpreter, whose dot takes bfloat16's bits for integers.
+            WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
+        )
     return out
+
+
+def _device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 TORCH = AttentionBackend(write_kv_torch, paged_attention_torch)
@@ -258,12 +267,14 @@ def _paged_attention_kernel(
 
 
 def check_kernel_sizes(block_size: int, head_dim: int) -> None:
+    if triton is None:
+        raise ValueError("the Triton kernels need the triton package, which is not installed: use attention='torch'")
     if block_size not in BLOCK_SIZES or head_dim not in HEAD_DIMS:
         raise ValueError(f"the Triton kernels take a block_size of {BLOCK_SIZES} and a head_dim of {HEAD_DIMS}, "
                          f"got {block_size} and {head_dim}: use attention='torch'")
 
 
-# What a kernel would read past, or silently misread, is refused before any launch.
+# Shapes, dtypes and layouts are checked before any launch; values are not, since that would wait for the device.
 
 
 def _check_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,

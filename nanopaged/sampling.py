@@ -27,7 +27,9 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     `logits` is (num_rows, vocab_size), any float dtype; row i follows the wishes and the seed of
     `requests[i]`. Reading the num_rows ids back is where the host waits for the device.
     """
-    token_ids = logits.argmax(dim=-1)  # (num_rows,)
+    likeliest, token_ids = logits.max(dim=-1)  # (num_rows,)
+    if not likeliest.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or its dtype overflows")
     rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
     if rows:
         vocab_size = logits.shape[1]
@@ -57,7 +59,8 @@ def _draw(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, 
     # Summed in double: on a GPU the order of a sum may vary, and its rounding must not move a draw.
     probs = scores.softmax(dim=-1).double()  # (rows, vocab), largest first
     before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
-    kept = (before < top_p[:, None]) & (probs > 0)  # always the likeliest: nothing is before it
+    kept = (before < top_p[:, None]) & (probs > 0)
+    kept[:, 0] = True  # however small top_p is
     cumulative = (probs * kept).cumsum(dim=-1)
     target = draws[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)  # (rows, 1)

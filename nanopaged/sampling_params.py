@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
-from nanopaged.validation import require_choice, require_int, require_number
+from nanopaged.validation import require_choice, require_int, require_number, require_seed, require_text, shown
+
+
+def derive_seed(seed: int, what: str, index: int) -> int:
+    """A seed of its own for each thing of a kind; the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{what}/{index}".encode(), digest_size=8).digest(), "little")
+
+
+def continuation_seed(seed: int, index: int) -> int:
+    """The seed of continuation `index` of a request: its own for the first, one derived from both for the others."""
+    return seed if index == 0 else derive_seed(seed, "continuation", index)
 
 
 @dataclass(frozen=True)
@@ -12,7 +23,7 @@ class SamplingParams:
     """How one request is continued. The names and meanings are vLLM's.
 
     Attributes:
-        n: continuations of the prompt; only 1.
+        n: continuations of the prompt, which is computed once for all of them.
         temperature: 0 takes the likeliest token (greedy); else logits are divided by it.
         top_k: sample among the k likeliest tokens; 0 or -1 is all of them.
         top_p: sample among the fewest likeliest tokens whose probabilities add up to at least
@@ -22,8 +33,9 @@ class SamplingParams:
         stop_token_ids: token ids that end the output. The id is the last of `token_ids`, but not
             part of the text.
         ignore_eos: go on past the model's end-of-text token.
-        seed: any int; the same request with the same seed gives the same tokens, whatever runs
-            beside it. None: a seed is drawn from the engine's own.
+        seed: an int of at most 128 bits; the same request with the same seed gives the same tokens, whatever runs
+            beside it. None: a seed is drawn from the engine's own. Continuation i of n is what the
+            request would give alone with the seed `continuation_seed(seed, i)`.
 
     Raises:
         TypeError, ValueError: with the field, what was given and what is allowed.
@@ -40,8 +52,7 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if require_int("n", self.n, 1) != 1:
-            raise ValueError(f"n must be 1, got {self.n}: for several continuations add the request several times")
+        require_int("n", self.n, 1, 1024)
         require_number("temperature", self.temperature, 0.0, 1e6)
         require_int("top_k", self.top_k, -1)
         if require_number("top_p", self.top_p, 0.0, 1.0) == 0.0:
@@ -49,15 +60,17 @@ class SamplingParams:
         require_int("max_tokens", self.max_tokens, 1)
         require_choice("ignore_eos", self.ignore_eos, (True, False))
         if self.seed is not None:
-            require_int("seed", self.seed)
+            require_seed("seed", self.seed)
         stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) for s in stop):
-            raise TypeError(f"stop must be a str or a list of str, got {self.stop!r}")
+            raise TypeError(f"stop must be a str or a list of str, got {shown(self.stop)}")
         if "" in stop:
             raise ValueError("stop must not hold an empty string: every text ends with one")
+        for text in stop:
+            require_text("stop", text)
         stop_token_ids = () if self.stop_token_ids is None else self.stop_token_ids
         if not isinstance(stop_token_ids, (tuple, list)):
-            raise TypeError(f"stop_token_ids must be a list of int, got {stop_token_ids!r}")
+            raise TypeError(f"stop_token_ids must be a list of int, got {shown(stop_token_ids)}")
         for token_id in stop_token_ids:
             require_int("stop_token_ids", token_id, 0)
         # The dataclass is frozen, so that requests may share one; this is its own constructor.

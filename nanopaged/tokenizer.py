@@ -10,6 +10,8 @@ import codecs
 
 import tiktoken
 
+from nanopaged.validation import require_text
+
 
 def gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's 50,257 ids; tiktoken downloads the vocabulary once. RuntimeError if it is not to be had."""
@@ -46,14 +48,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; what looks like a special token is text. ValueError for a lone surrogate."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text holds half a character, the lone surrogate {text[error.start]!r} at position "
-                f"{error.start}: it has no bytes, so it cannot be encoded"
-            ) from None
-        return self._encoding.encode_ordinary(text)
+        return self._encoding.encode_ordinary(require_text("the text", text))
 
     def stream(self, pending: bytes, token_id: int) -> tuple[str, bytes]:
         """One more token: the whole characters there are, and the beginning of the next.

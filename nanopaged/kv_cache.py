@@ -1,0 +1,84 @@
+"""What memory does the pool live in, how large is it, and how do whole blocks move?
+
+One tensor holds all layers, (n_layer, K and V, num_blocks, num_kv_heads, block_size, head_dim), so that
+a block moves in one operation. The swap space is a second one, in the CPU's memory, with the blocks
+first: there a block is one stretch, and pinned beside a GPU, so that it crosses the bus at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from itertools import groupby
+
+import torch
+
+from nanopaged.gpt2 import GPT2Config
+from nanopaged.swap_space import BlockMove
+from nanopaged.validation import require_int
+
+logger = logging.getLogger(__name__)
+
+
+def block_bytes(config: GPT2Config, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: K and V of `block_size` tokens in all layers."""
+    return config.n_layer * 2 * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+
+
+def free_bytes(config: GPT2Config, device: torch.device, dtype: torch.dtype, utilization: float,
+               max_num_seqs: int, max_num_batched_tokens: int) -> int:
+    """Memory that the pool may take, once the model is loaded."""
+    if device.type == "cpu":
+        try:
+            return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * utilization / 4)
+        except (AttributeError, ValueError, OSError):  # not every system tells
+            return 2**30
+    free, total = torch.cuda.mem_get_info(device)
+    # A step's own needs: some 16 rows of n_embd a token, and to sample, six float32 copies of the logits.
+    step = (16 * max_num_batched_tokens * config.n_embd * dtype.itemsize
+            + 24 * min(max_num_seqs, max_num_batched_tokens) * config.vocab_size)
+    return int(free - (1 - utilization) * total - step)
+
+
+class KVCache:
+    """The pool's contents, and the swap space's.
+
+    Raises ValueError where there is no memory for them.
+    """
+
+    def __init__(self, config: GPT2Config, block_size: int, num_blocks: int, swap_blocks: int, device: torch.device,
+                 dtype: torch.dtype) -> None:
+        layers, block = (config.n_layer, 2), (config.num_kv_heads, block_size, config.head_dim)
+        self.blocks = self._allocate("num_blocks", (*layers, num_blocks, *block), num_blocks, device, dtype)
+        self.swapped = self._allocate("swap_blocks", (swap_blocks, *layers, *block), swap_blocks, torch.device("cpu"),
+                                      dtype, pinned=device.type == "cuda" and swap_blocks > 0)
+
+    @staticmethod
+    def _allocate(name: str, shape: tuple[int, ...], num_blocks: int, device: torch.device, dtype: torch.dtype,
+                  pinned: bool = False) -> torch.Tensor:
+        require_int(name, num_blocks, 0, 2**31 - 1)  # block tables are int32
+        what = f"{num_blocks} blocks, {math.prod(shape) * dtype.itemsize / 2**20:.1f} MiB on {device}"
+        logger.info("KV cache: %s: %s", name, what)
+        try:
+            return torch.empty(shape, dtype=dtype, device=device, pin_memory=pinned)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            raise ValueError(f"there is no memory for a KV cache of {what}: lower {name}") from error
+
+    def carry_out(self, moves: list[BlockMove]) -> None:
+        """Makes planned moves, in order, and takes them off the list as they are done.
+
+        Copies that follow each other are one operation, which reads all sources before it writes. On a
+        GPU the moves across the bus are queued in the same order as all its work, and nobody waits.
+        """
+        for kind, group in groupby(list(moves), key=lambda move: move.kind):
+            run = list(group)
+            if kind == "copy":
+                # A target stands here twice where a step failed and its block was given to somebody else since.
+                latest = {move.target: move.source for move in run}
+                self.blocks[:, :, list(latest.keys())] = self.blocks[:, :, list(latest.values())]
+            for _, source, target in run if kind != "copy" else ():
+                there, here = (self.swapped[target], self.blocks[:, :, source]) if kind == "out" else (
+                    self.blocks[:, :, target], self.swapped[source])
+                there.copy_(here, non_blocking=True)
+            del moves[: len(run)]
