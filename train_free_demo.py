@@ -5,7 +5,8 @@ story and then a cue, a few words cut from it; the right continuation is what fo
 the story, so every answer can be checked. The pool of KV blocks is far too small for all of these
 prompts side by side; it is enough because the story is held once, and shared.
 
-With --prompt, or with --model gpt2, it continues ordinary prompts.
+--workload storm and --workload long are for looking at what paging does not help with; see
+docs/eviction_storms.md. With --prompt, or with --model gpt2, it continues ordinary prompts.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ PROMPTS = [
 OWNERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
+class PromptRefused(Exception):
+    """The engine does not take a prompt; says why."""
+
+
 @dataclass
 class Job:
     """One request of the demonstration."""
@@ -79,6 +84,27 @@ def story_jobs(count: int, max_tokens: int, seed: int) -> list[Job]:
     return jobs
 
 
+def storm_jobs(count: int, max_tokens: int, seed: int) -> list[Job]:
+    """Passages with nothing to share, each followed by its own first 20 bytes: they go on, round and round."""
+    rng = random.Random(seed)
+    jobs: list[Job] = []
+    for _ in range(count):
+        start = rng.randrange(len(DOCUMENT) - 44)
+        passage = DOCUMENT[start : start + 44]
+        jobs.append(Job(passage + passage[:20], 0, (passage * 9)[20 : 20 + max_tokens]))
+    return jobs
+
+
+def long_jobs(count: int, max_tokens: int, seed: int) -> list[Job]:
+    """One request with the whole story as its prompt, and short ones that come just after it."""
+    shorts = storm_jobs(count - 1, max_tokens, seed)
+    return story_jobs(1, max_tokens, seed) + [Job(job.prompt, 1, job.expected) for job in shorts]
+
+
+# name: (jobs, how many, blocks of the pool for a block size of 16, tokens to generate)
+WORKLOADS = {"story": (story_jobs, 32, 200, 24), "storm": (storm_jobs, 64, 96, 112), "long": (long_jobs, 16, 140, 96)}
+
+
 class Display:
     """What happens, as it happens: on a terminal a picture of the pool, elsewhere a line for each event."""
 
@@ -92,12 +118,12 @@ class Display:
             print(f"step {step:3}: {text}", flush=True)
 
     def show(self, step: int) -> None:
-        """Draws every block: its owner's letter, # for several owners, . for cached, a space for free."""
+        """Draws the first 1,000 blocks: the owner's letter, # for several owners, . for cached, a space for free."""
         if not self.picture:
             return
         stats, running = self.llm.stats(), self.llm.scheduler.running
         holders = Counter(block for request in running for block in request.block_table)
-        owner = {block: OWNERS[int(request.request_id) % len(OWNERS)]
+        owner = {block: OWNERS[int(request.group_id) % len(OWNERS)]
                  for request in running for block in request.block_table}
         cached = self.llm.scheduler.allocator.cached_blocks()
         cells = ["#" if holders[block] > 1 else owner.get(block, "." if block in cached else " ")
@@ -119,7 +145,10 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[Request
     start = time.perf_counter()
     while len(finished) < len(jobs):
         while len(ids) < len(jobs) and jobs[len(ids)].arrival_step <= step:
-            ids.append(llm.add_request(jobs[len(ids)].prompt, params))
+            try:
+                ids.append(llm.add_request(jobs[len(ids)].prompt, params))
+            except ValueError as error:
+                raise PromptRefused(str(error)) from error
             display.event(step, f"request {ids[-1]} arrives")
         for output in llm.step():
             if output.finished:
@@ -137,6 +166,9 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[Request
     seconds = time.perf_counter() - start
     outputs = [finished[request_id] for request_id in ids]
     generated = sum(len(output.outputs[0].token_ids) for output in outputs)
+    metrics = [completion.metrics for output in outputs for completion in output.outputs]
+    first = sorted(m.time_to_first_token_s for m in metrics)
+    between = [m.time_between_tokens_s for m in metrics if m.time_between_tokens_s is not None]
     rows = {
         "requests": f"{len(jobs)}, in {stats.num_steps} steps",
         "tokens generated": f"{generated}",
@@ -146,52 +178,71 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[Request
         "peak blocks used": f"{peak_blocks} of {stats.num_blocks}",
         "contiguous reservation": f"{peak_contiguous} blocks, for the same requests at full length",
         "preemptions": f"{stats.num_preemptions}",
+        "eviction storms": f"{stats.num_storms}",
+        "tokens computed": f"{stats.computed_tokens}, of which {stats.recomputed_tokens} again; {stats.swapped_in_tokens} "
+                           "were swapped in instead",
+        "goodput": f"{1 - stats.recomputed_tokens / stats.computed_tokens:.2f}",
+        "time to first token": f"{first[len(first) // 2]:.2f} s (median), {first[-1]:.2f} s (longest)",
+        "time between tokens": f"{1000 * sum(between) / max(1, len(between)):.0f} ms (mean)",
     }
     return outputs, rows
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="copycat", help="copycat, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt to continue; repeat it for more")
-    parser.add_argument("--max-tokens", type=int, default=24, metavar="N", help="tokens to generate (default: 24)")
-    parser.add_argument("--num-blocks", type=int, metavar="N", help="blocks in the pool (default: 200 for the story, "
-                        "else from the memory there is)")
+    parser.add_argument("--workload", default="story", choices=WORKLOADS, help="what copycat is given (default: story)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens to generate (default: 24, or the workload's)")
+    parser.add_argument("--num-blocks", type=int, metavar="N", help="blocks in the pool (default: the workload's, with "
+                        "--prompt from the memory there is)")
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default: 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--attention", default="auto", help="auto, triton or torch (default: auto)")
+    parser.add_argument("--admission", default="watermark", help="watermark, reserve or greedy (default: watermark)")
+    parser.add_argument("--watermark", type=float, default=0.01, metavar="X", help="share left free (default: 0.01)")
+    parser.add_argument("--preemption", default="recompute", help="recompute or swap (default: recompute)")
+    parser.add_argument("--swap-blocks", type=int, default=1024, metavar="N", help="blocks of swap space (default: 1024)")
+    parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="seats (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seeds cues and sampling (default: 0)")
-    arguments = parser.parse_args(argv)
-    arguments.error = parser.error
-    return arguments
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the demonstration; 0 if every known continuation was right."""
-    arguments = parse_arguments(argv)
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    story = arguments.model == "copycat" and not arguments.prompt
+    known = arguments.model == "copycat" and not arguments.prompt
+    make_jobs, count, num_blocks, max_tokens = WORKLOADS[arguments.workload]
     try:
-        params = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
-        if story and arguments.max_tokens > 256:
-            raise ValueError(f"--max-tokens must be at most 256 for the story, got {arguments.max_tokens}")
-        num_blocks = 200 * 16 // max(arguments.block_size, 1) if story and arguments.num_blocks is None else arguments.num_blocks
-        llm = LLM(arguments.model, device=arguments.device, attention=arguments.attention, num_blocks=num_blocks,
-                  block_size=arguments.block_size, seed=arguments.seed)
-        jobs = story_jobs(32, arguments.max_tokens, arguments.seed) if story else [
+        if arguments.max_tokens is not None:
+            max_tokens = arguments.max_tokens
+        params = SamplingParams(temperature=arguments.temperature, max_tokens=max_tokens)
+        if known and max_tokens > 120:
+            raise ValueError(f"--max-tokens must be at most 120 where the answer is to be checked, got {max_tokens}")
+        num_blocks = num_blocks * 16 // max(arguments.block_size, 1) if known else None
+        llm = LLM(arguments.model, device=arguments.device, attention=arguments.attention, block_size=arguments.block_size,
+                  num_blocks=num_blocks if arguments.num_blocks is None else arguments.num_blocks,
+                  max_num_seqs=arguments.max_num_seqs, admission=arguments.admission, watermark=arguments.watermark,
+                  preemption=arguments.preemption, swap_blocks=arguments.swap_blocks, seed=arguments.seed)
+        jobs = make_jobs(count, max_tokens, arguments.seed) if known else [
             Job(prompt, 0) for prompt in arguments.prompt or PROMPTS]
-        outputs, rows = run(llm, jobs, params)
     except (TypeError, ValueError, RuntimeError) as error:
-        arguments.error(str(error))
-    if not story:
+        parser.error(str(error))
+    try:
+        outputs, rows = run(llm, jobs, params)
+    except PromptRefused as error:
+        parser.error(str(error))
+    if not known:
         for job, output in zip(jobs, outputs):
             print(f"\n{job.prompt}\x1b[1m{output.outputs[0].text}\x1b[0m" if sys.stdout.isatty() else
                   f"\n{job.prompt}{output.outputs[0].text}")
     print()
     for name, value in rows.items():
         print(f"{name:>24}  {value}")
-    if not story:
+    if not known:
         return 0
     wrong = [(job, output) for job, output in zip(jobs, outputs) if output.outputs[0].text != job.expected]
     for job, output in wrong:
