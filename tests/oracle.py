@@ -31,3 +31,34 @@ def continue_densely(model: GPT2, prompt: list[int], params: SamplingParams, max
         if request.token_ids[-1] in request.stop_token_ids:
             break
     return request.output_token_ids
+
+
+def assert_dense_continuation(model: GPT2, prompt: list[int], params: SamplingParams, seed: int, output: list[int],
+                              finished: bool, where: str) -> None:
+    """The same in one pass: each token is what the dense model gives after the right ones before it."""
+    if output:
+        logits = model.dense(torch.tensor(prompt + output[:-1]))[len(prompt) - 1 :]
+        draws = []
+        for i in range(len(output)):
+            draws.append(Request("oracle", prompt, params, model.config.eos_token_id, seed))
+            draws[i].token_ids += output[:i]
+        for i, (token, wanted) in enumerate(zip(output, sample(logits, draws))):
+            assert token == wanted or is_close_call(logits[i], draws[i], token), f"{token}, not {wanted}, at {i}: {where}"
+    assert not set(output[:-1]) & set(params.stop_token_ids), f"went on past a stop token: {where}"
+    if finished:
+        limit = min(params.max_tokens, model.config.n_positions - len(prompt))
+        assert len(output) == limit or output[-1] in params.stop_token_ids, f"ended early: {where}"
+
+
+def is_close_call(logits: torch.Tensor, request: Request, token: int) -> bool:
+    """Whether a change of `token`'s logit by no more than rounding makes it the one that is drawn.
+
+    Two schedules add up the same products in another order; once in a few thousand runs two logits
+    are equal but for that.
+    """
+    for nudge in (1e-5, -1e-5):
+        nudged = logits.clone()
+        nudged[token] += nudge
+        if sample(nudged[None], [request]) == [token]:
+            return True
+    return False

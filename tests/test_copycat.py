@@ -42,7 +42,7 @@ def count_right(places: list[tuple[int, int]], dtype: str) -> int:
         request_id = llm.add_request(TEXT + TEXT[start : end + CONTINUATION])
         batch = Batch.from_step(llm.scheduler.schedule(), llm.block_size, llm.device)
         batch.logits_rows = torch.arange(len(batch.token_ids))[-CONTINUATION - 1 : -1]
-        predicted = llm.model(batch, llm.kv_cache, llm.attention).argmax(dim=-1)
+        predicted = llm.model(batch, llm.kv_cache.blocks, llm.attention).argmax(dim=-1)
         llm.abort_request(request_id)
         right += predicted.tolist() == TEXT[end : end + CONTINUATION]
     return right

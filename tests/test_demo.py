@@ -37,8 +37,8 @@ def test_with_no_arguments_every_continuation_matches_and_sharing_mattered() -> 
 def test_a_wrong_continuation_is_reported_and_fails(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     jobs = train_free_demo.story_jobs(3, 8, seed=0)
     jobs[1].expected = "nonsense"
-    monkeypatch.setattr(train_free_demo, "story_jobs", lambda *_: jobs)
-    assert train_free_demo.main(["--max-tokens", "8", "--device", "cpu"]) == 1
+    monkeypatch.setitem(train_free_demo.WORKLOADS, "story", (lambda *_: jobs, 3, 200, 8))
+    assert train_free_demo.main(["--device", "cpu"]) == 1
     assert "2/3 continuations match" in capsys.readouterr().out
 
 
@@ -55,8 +55,8 @@ def test_prompts_of_ones_own_are_continued() -> None:
 def test_the_picture_shows_every_block_and_whose_it_is(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     jobs = train_free_demo.story_jobs(3, 8, seed=0)
-    monkeypatch.setattr(train_free_demo, "story_jobs", lambda *_: jobs)
-    assert train_free_demo.main(["--max-tokens", "8", "--num-blocks", "150", "--device", "cpu"]) == 0
+    monkeypatch.setitem(train_free_demo.WORKLOADS, "story", (lambda *_: jobs, 3, 150, 8))
+    assert train_free_demo.main(["--device", "cpu"]) == 0
     frames = re.split(r"step \d+: ", capsys.readouterr().out)
     together = [frame for frame in frames if frame.startswith("3 running")]
     assert together, frames
@@ -70,6 +70,11 @@ def test_the_picture_shows_every_block_and_whose_it_is(monkeypatch: pytest.Monke
     (["--num-blocks", "20"], "can never fit"),
     (["--block-size", "12"], "power of two"),
     (["--max-tokens", "0"], "max_tokens must be at least 1"),
+    (["--max-tokens", "121"], "at most 120 where the answer is to be checked"),
+    (["--workload", "none"], "invalid choice: 'none'"),
+    (["--admission", "none"], "admission must be one of"),
+    (["--preemption", "none"], "preemption must be one of"),
+    (["--swap-blocks", "-1"], "swap_blocks must be at least 1"),
     (["--max-tokens", "many"], "invalid int value"),
     (["--temperature", "nan"], "temperature must be finite"),
     (["--model", "nonsense"], "unknown model 'nonsense'"),
@@ -85,9 +90,21 @@ def test_a_wrong_argument_gets_one_clear_line_and_status_2(arguments: list[str],
     assert words in last_line
 
 
+def test_the_storm_workload_storms_when_greedy_and_not_when_room_is_reserved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(train_free_demo.WORKLOADS, "storm", (train_free_demo.storm_jobs, 16, 24, 112))
+    for admission, stormy in (("greedy", True), ("reserve", False)):
+        caplog.clear()
+        assert train_free_demo.main(["--workload", "storm", "--admission", admission, "--device", "cpu"]) == 0
+        storms = int(re.search(r"eviction storms +(\d+)\n", capsys.readouterr().out)[1])
+        assert len(caplog.records) == storms and (storms > 0) == stormy
+
+
 def test_help_names_every_option() -> None:
     result = run_demo("--help")
     assert result.returncode == 0
     for option in ("--model", "--prompt", "--max-tokens", "--num-blocks", "--block-size", "--device", "--attention",
-                   "--temperature", "--seed"):
+                   "--temperature", "--seed", "--workload", "--admission", "--watermark", "--preemption", "--swap-blocks",
+                   "--max-num-seqs"):
         assert option in result.stdout

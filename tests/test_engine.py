@@ -12,7 +12,6 @@ from oracle import TINY, continue_densely, tiny_model
 from nanopaged import LLM, SamplingParams
 from nanopaged.copycat import CONFIG as COPYCAT_CONFIG
 from nanopaged.gpt2 import GPT2, GPT2Config
-from nanopaged.tokenizer import Tokenizer, byte_encoding
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 BYTES = GPT2Config(vocab_size=257, n_positions=96, n_embd=32, n_layer=2, n_head=2, eos_token_id=256)
@@ -89,7 +88,7 @@ def test_grouped_query_models_run_with_a_smaller_cache(n_kv_head: int) -> None:
     config = GPT2Config(vocab_size=61, n_positions=96, n_embd=64, n_layer=2, n_head=4, n_kv_head=n_kv_head)
     model, prompts = tiny_model(config), random_prompts(random.Random(0), 5)
     llm = tiny_llm(model)
-    assert llm.kv_cache.shape == (2, 2, 40, n_kv_head, 8, 16)
+    assert llm.kv_cache.blocks.shape == (2, 2, 40, n_kv_head, 8, 16)
     for output, prompt in zip(llm.generate(prompts, GREEDY), prompts):
         assert output.outputs[0].token_ids == continue_densely(model, prompt, GREEDY)
 
@@ -217,49 +216,6 @@ def test_a_reused_block_never_serves_its_former_contents() -> None:
         assert output.outputs[0].token_ids == continue_densely(model, prompt, GREEDY)
 
 
-@pytest.mark.parametrize("fault", ["model", "sampler", "tokenizer"])
-def test_a_step_that_raises_can_be_repeated_or_its_requests_aborted(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = tiny_model(BYTES), [[65] * 20, [66] * 9, [67] * 30]
-    llm = tiny_llm(model, num_blocks=9)
-    ids = [llm.add_request(prompt, GREEDY) for prompt in prompts]
-    llm.step()
-
-    def explode(*arguments, **options) -> None:
-        raise RuntimeError("a fault")
-
-    owner, name = {"model": (llm.model, "forward"), "sampler": (sys.modules["nanopaged.engine"], "sample"),
-                   "tokenizer": (llm.tokenizer, "stream")}[fault]
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, explode)
-            with pytest.raises(RuntimeError, match="a fault"):
-                llm.step()
-        llm.scheduler.check_invariants()
-    llm.abort_request(ids[1])
-    outputs = {}
-    while llm.has_unfinished_requests():
-        outputs |= {output.request_id: output for output in llm.step()}
-        llm.scheduler.check_invariants()
-    for i in (0, 2):
-        assert outputs[ids[i]].outputs[0].token_ids == continue_densely(model, prompts[i], GREEDY)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, explode)
-        with pytest.raises(RuntimeError, match="a fault"):
-            llm.generate(prompts, GREEDY)
-    assert not llm.has_unfinished_requests() and llm.stats().referenced_blocks == 0
-
-
-def test_an_interrupt_during_generate_leaves_the_engine_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = tiny_llm()
-    with monkeypatch.context() as patch:
-        patch.setattr(llm.model, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([[1, 2, 3]] * 3, GREEDY)
-    assert not llm.has_unfinished_requests() and llm.stats().referenced_blocks == 0
-    assert llm.generate([[1, 2, 3]], GREEDY)[0].outputs[0].token_ids == continue_densely(tiny_model(), [1, 2, 3], GREEDY)
-
-
 def test_the_statistics_are_plain_numbers_that_add_up() -> None:
     llm = tiny_llm(block_size=8)
     ids = [llm.add_request([5] * 20, SamplingParams(temperature=0, max_tokens=3)) for _ in range(2)]
@@ -279,7 +235,7 @@ def test_the_statistics_are_plain_numbers_that_add_up() -> None:
 def test_the_pool_is_sized_from_free_memory_but_never_larger_than_useful(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(tiny_model(), device="cpu", block_size=8, max_num_seqs=3)
     assert llm.stats().num_blocks == 3 * 96 // 8
-    monkeypatch.setattr(LLM, "_free_bytes", lambda *_: 10 * 2 * 2 * 2 * 8 * 16 * 4 + 1)  # ten blocks, and a byte
+    monkeypatch.setattr("nanopaged.engine.free_bytes", lambda *_: 10 * 2 * 2 * 2 * 8 * 16 * 4 + 1)  # ten blocks, and a byte
     assert LLM(tiny_model(), device="cpu", block_size=8).stats().num_blocks == 10
 
 
@@ -297,7 +253,7 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     llm.generate([[1]], GREEDY)
     captured = capsys.readouterr()
-    assert "0 of 1 requests" in captured.err and captured.out == ""
+    assert "0 of 1 continuations" in captured.err and captured.out == ""
 
 
 @pytest.mark.gpu
@@ -310,88 +266,6 @@ def test_copycat_is_right_on_a_gpu_under_pressure(dtype: str) -> None:
     outputs = llm.generate([job.prompt for job in jobs], SamplingParams(temperature=0, max_tokens=32))
     assert [output.outputs[0].text for output in outputs] == [job.expected for job in jobs]
     assert llm.stats().num_preemptions > 0
-
-
-BAD_OPTIONS = [  # (options of LLM, error, words)
-    ({"model": 3}, TypeError, "model must be a name, a path or a GPT2"),
-    ({"model": "gpt5"}, ValueError, "unknown model 'gpt5': not one of 'copycat', 'gpt2'"),
-    ({"device": "tpu"}, ValueError, "device must be 'auto', 'cpu', 'cuda' or 'cuda:N'"),
-    ({"device": "cuda:99"}, ValueError, "torch sees .* CUDA devices"),
-    ({"dtype": "int8"}, ValueError, "dtype must be one of"),
-    ({"attention": "flash"}, ValueError, "attention must be one of"),
-    ({"block_size": 12}, ValueError, "block_size must be a power of two from 8 to 256, got 12"),
-    ({"block_size": 4}, ValueError, "block_size must be from 8 to 256, got 4"),
-    ({"block_size": 16.0}, TypeError, "block_size must be an int"),
-    ({"num_blocks": 0}, ValueError, "num_blocks must be from 1 to .*, got 0"),
-    ({"num_blocks": "many"}, TypeError, "num_blocks must be an int"),
-    ({"num_blocks": 2**31 - 1}, ValueError, "there is no memory for a KV cache of 2147483647 blocks"),
-    ({"num_blocks": 2**31}, ValueError, "num_blocks must be from 1 to 2147483647"),
-    ({"gpu_memory_utilization": 0}, ValueError, r"must be in \(0, 1\]"),
-    ({"gpu_memory_utilization": 1.5}, ValueError, "gpu_memory_utilization must be from 0.0 to 1.0"),
-    ({"max_model_len": 97}, ValueError, "max_model_len must be from 2 to 96, got 97"),
-    ({"max_num_seqs": 0}, ValueError, "max_num_seqs must be at least 1"),
-    ({"max_num_batched_tokens": -1}, ValueError, "max_num_batched_tokens must be at least 1"),
-    ({"enable_prefix_caching": 1}, TypeError, "enable_prefix_caching must be a bool"),
-    ({"watermark": float("nan")}, ValueError, "watermark must be finite, got nan"),
-    ({"seed": None}, TypeError, "seed must be an int"),
-    ({"tokenizer": Tokenizer(byte_encoding())}, ValueError, "the tokenizer has 257 ids, the model 61"),
-]
-
-
-@pytest.mark.parametrize("options, error, words", BAD_OPTIONS)
-def test_an_engine_that_cannot_be_built_says_why(options: dict, error: type, words: str) -> None:
-    with pytest.raises(error, match=words):
-        LLM(**{"model": tiny_model(), "device": "cpu", "num_blocks": 4} | options)
-
-
-def test_triton_on_a_cpu_without_the_interpreter_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = pytest.importorskip("triton")
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
-        tiny_llm(attention="triton")
-
-
-BAD_PROMPTS = [  # (prompt, error, words)
-    ("", ValueError, "the prompt is empty"),
-    ([], ValueError, "the prompt is empty"),
-    ("x" * 96, ValueError, "the prompt has 96 tokens; with max_model_len=96 at most 95"),
-    ([257], ValueError, "token id must be from 0 to 256, got 257"),
-    ([-1], ValueError, "token id must be from 0 to 256, got -1"),
-    ([1.0], TypeError, "token id must be an int, got 1.0"),
-    (["a"], TypeError, "token id must be an int, got 'a'"),
-    (b"bytes", TypeError, "a prompt must be a str or a list of token ids, got bytes"),
-    (None, TypeError, "a prompt must be a str or a list of token ids, got NoneType"),
-    ("half a \ud83d character", ValueError, "lone surrogate"),
-]
-
-
-def test_a_prompt_that_cannot_be_says_why_and_leaves_the_engine_usable() -> None:
-    model = tiny_model(BYTES)
-    llm = tiny_llm(model)
-    for prompt, error, words in BAD_PROMPTS:
-        for call in (lambda: llm.add_request(prompt), lambda: llm.generate([[1, 2], prompt], GREEDY)):
-            with pytest.raises(error, match=words):
-                call()
-            assert not llm.has_unfinished_requests()
-        llm.scheduler.check_invariants()
-    assert llm.generate("ab", GREEDY)[0].outputs[0].token_ids == continue_densely(model, [97, 98], GREEDY)
-
-
-def test_calls_of_the_wrong_shape_say_what_is_right() -> None:
-    llm = tiny_llm()
-    for prompts, params, error, words in (
-        ([1, 2, 3], None, TypeError, r"\[\[1, 2, 3\]\] is one prompt"),
-        (7, None, TypeError, "prompts must be a str, or a list"),
-        ([[1], [2]], [GREEDY], ValueError, "got 1 sampling_params for 2 prompts"),
-        ([[1]], {"temperature": 0}, TypeError, "sampling_params must be a SamplingParams, got dict"),
-        (["text"], None, ValueError, "this model came with no tokenizer"),
-        ([[1]], SamplingParams(stop="x"), ValueError, "stop strings need a tokenizer"),
-        ([[1] * 90], SamplingParams(max_tokens=5), ValueError, "can never fit: .* need 12 blocks of 8, and the whole pool has 5"),
-    ):
-        engine = tiny_llm(num_blocks=5) if "never fit" in words else llm
-        with pytest.raises(error, match=words):
-            engine.generate(prompts, params)
-        assert not engine.has_unfinished_requests()
 
 
 def test_copycats_config_is_what_the_engine_serves() -> None:

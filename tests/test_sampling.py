@@ -226,8 +226,8 @@ def test_half_precision_logits_are_drawn_from_as_exactly_as_the_same_in_float32(
 @pytest.mark.parametrize(
     ("field", "value", "error", "words"),
     [
-        ("n", 2, ValueError, "must be 1, got 2"),
-        ("n", 0, ValueError, "at least 1"),
+        ("n", 1025, ValueError, "from 1 to 1024, got 1025"),
+        ("n", 0, ValueError, "from 1 to 1024"),
         ("n", True, TypeError, "must be an int"),
         ("temperature", -0.1, ValueError, "from 0.0 to 1000000.0, got -0.1"),
         ("temperature", 1.1e6, ValueError, "from 0.0"),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import nanopaged
+from nanopaged import admission
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams
@@ -50,7 +51,8 @@ class Engine:
     def __init__(self, num_blocks: int = 64, block_size: int = 4, seats: int = 8, budget: int = 64,
                  max_model_len: int = 128, watermark: float = 0.0, sharing: bool = True) -> None:
         self.allocator = BlockAllocator(num_blocks, block_size, sharing)
-        self.scheduler = Scheduler(self.allocator, seats, budget, max_model_len, watermark, clock=count().__next__)
+        self.scheduler = Scheduler(self.allocator, seats, budget, max_model_len, admission.watermark(watermark),
+                                   clock=count().__next__)
         self.kv: list[int | None] = [None] * (num_blocks * block_size)
         self.requests: list[Request] = []
 
@@ -197,12 +199,12 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode_in_the_same_ste
 def test_nothing_is_planned_when_nothing_is_left_to_do() -> None:
     engine = Engine()
     assert not engine.scheduler.has_unfinished()
-    assert engine.scheduler.schedule() == Step()
+    assert engine.scheduler.schedule().requests == []
     request = engine.add([1], max_tokens=1)
     assert engine.scheduler.has_unfinished()
     engine.run()
     assert request.status is RequestStatus.FINISHED
-    assert engine.scheduler.schedule() == Step()
+    assert engine.scheduler.schedule().requests == []
 
 
 # Room: watermark, preemption, progress.
@@ -341,13 +343,13 @@ def test_a_prompt_that_leaves_no_room_for_an_output_is_refused_with_the_numbers(
     ("max_num_seqs", 0, ValueError), ("max_num_seqs", 2.0, TypeError),
     ("max_num_batched_tokens", 0, ValueError), ("max_num_batched_tokens", "8", TypeError),
     ("max_model_len", 1, ValueError), ("max_model_len", None, TypeError),
-    ("watermark", -0.1, ValueError), ("watermark", 1.1, ValueError), ("watermark", float("nan"), ValueError),
-    ("watermark", "0.1", TypeError),
+    ("swap_blocks", -1, ValueError), ("swap_blocks", None, TypeError), ("max_waiting", 0, ValueError),
+    ("max_waiting", 1.5, TypeError),
 ])
 def test_a_scheduler_that_cannot_be_is_refused_by_the_name_of_the_argument(
     name: str, value: Any, error: type[Exception]
 ) -> None:
-    arguments = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64, "watermark": 0.01}
+    arguments = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64, "swap_blocks": 0, "max_waiting": None}
     with pytest.raises(error, match=name):
         Scheduler(BlockAllocator(8, 4), **{**arguments, name: value})
 

@@ -1,0 +1,148 @@
+"""Everything at once, against the dense oracle: n, swapping, aborts, faults, sharing, chunks, each admission policy.
+
+The suite runs 300 random scenarios. Any number more, from any seed:
+
+    python tests/test_pressure.py 5000 --first-seed 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # for the command above
+
+import torch  # noqa: E402
+from oracle import TINY, assert_dense_continuation, tiny_model  # noqa: E402
+
+from nanopaged import LLM, SamplingParams, TooManyWaiting  # noqa: E402
+from nanopaged.sampling_params import continuation_seed  # noqa: E402
+
+MODELS = [tiny_model(seed=seed) for seed in range(3)]
+
+
+class InjectedFault(RuntimeError):
+    """Raised in place of a step's work."""
+
+
+def random_engine(rng: random.Random, model: int, work: list[tuple[list[int], SamplingParams]]) -> LLM:
+    """An engine in which each request fits, some of them barely."""
+    admission = rng.choice(["watermark", "reserve", "greedy"])
+    block_size = rng.choice([8, 8, 16])
+    barely = max(-(-(len(prompt) + params.max_tokens) // block_size) * (params.n if admission == "reserve" else 1)
+                 for prompt, params in work)
+    return LLM(
+        MODELS[model], device="cpu", block_size=block_size, num_blocks=barely + rng.choice([0, 1, 2, 12]),
+        max_num_seqs=rng.choice([4, 6, 12]), max_num_batched_tokens=rng.choice([2, 9, 30, 200]),
+        enable_prefix_caching=rng.random() < 0.7, admission=admission, watermark=rng.choice([0.0, 0.0, 0.3]),
+        preemption=rng.choice(["recompute", "swap"]), swap_blocks=rng.choice([1, 4, 40]),
+        max_waiting=rng.choice([None, None, 1, 3]))
+
+
+def random_work(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts of unlike lengths, most of which begin alike; one in three has several continuations."""
+    stem = [rng.randrange(TINY.vocab_size) for _ in range(33)]
+    return [(stem[: rng.choice([0, 0, 7, 16, 33])] + [rng.randrange(TINY.vocab_size) for _ in range(rng.randint(1, 12))],
+             SamplingParams(n=rng.choice([1, 1, 1, 1, 2, 4]), temperature=rng.choice([0.0, 0.8, 1.3]),
+                            top_k=rng.choice([0, 10]), max_tokens=rng.randint(1, 24), seed=rng.randrange(1000),
+                            stop_token_ids=rng.sample(range(TINY.vocab_size), rng.choice([0, 0, 2]))))
+            for _ in range(rng.randint(2, 8))]
+
+
+def step_with_fault(llm: LLM, rng: random.Random) -> None:
+    """A step whose work raises, before or after it was done."""
+    owner, name = rng.choice([(llm.model, "forward"), (llm.kv_cache, "carry_out"), (sys.modules["nanopaged.engine"], "sample")])
+    original, late = getattr(owner, name), rng.random() < 0.5
+
+    def explode(*arguments: object) -> None:
+        if late:
+            original(*arguments)
+        raise InjectedFault
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, explode)
+        with pytest.raises(InjectedFault):
+            llm.step()
+
+
+def run_scenario(seed: int) -> Counter[str]:
+    """Runs one scenario and checks all that must hold, at every step; returns what happened how often."""
+    rng = random.Random(seed)
+    work = random_work(rng)
+    model = rng.randrange(3)
+    llm = random_engine(rng, model, work)
+    where = f"seed {seed}"
+    pending = list(range(len(work)))
+    ids: dict[str, int] = {}
+    results = {}
+    happened: Counter[str] = Counter()
+    while pending or llm.has_unfinished_requests():
+        while pending and rng.random() < 0.6:
+            prompt, params = work[pending[0]]
+            try:
+                ids[llm.add_request(prompt, params)] = pending[0]
+                pending.pop(0)
+            except TooManyWaiting:
+                happened["refused"] += 1
+                break
+        chance = rng.random()
+        if chance < 0.08 and llm.scheduler.has_unfinished():
+            step_with_fault(llm, rng)
+            happened["faults"] += 1
+        elif chance < 0.12 and ids.keys() - results.keys():
+            victim = rng.choice(sorted(ids.keys() - results.keys()))
+            happened[f"abort while {llm._groups[victim][0].status.value}"] += 1
+            results[victim] = llm.abort_request(victim)
+        else:
+            for output in llm.step():
+                if output.finished:
+                    results[output.request_id] = output
+                for completion in output.outputs:
+                    assert completion.finish_reason or not output.finished, where
+        llm.scheduler.check_invariants()
+    stats = llm.stats()
+    assert stats.referenced_blocks == stats.swap_blocks_used == 0, where
+    assert results.keys() == ids.keys(), where
+    for request_id, i in ids.items():
+        prompt, params = work[i]
+        assert [completion.index for completion in results[request_id].outputs] == list(range(params.n)), where
+        for completion in results[request_id].outputs:
+            assert_dense_continuation(
+                MODELS[model], prompt, params, continuation_seed(params.seed, completion.index), completion.token_ids,
+                completion.finish_reason != "abort", f"{where}, request {request_id}, continuation {completion.index}")
+    if llm.scheduler.admission.__name__ == "reserve":
+        assert stats.num_preemptions == 0, where
+    happened.update(preemptions=stats.num_preemptions, swapped_in_tokens=stats.swapped_in_tokens,
+                    recomputed_tokens=stats.recomputed_tokens, hits=stats.prefix_hit_tokens, finished=stats.num_finished)
+    return happened
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_a_requests_tokens_depend_on_nothing_but_itself(first: int) -> None:
+    happened: Counter[str] = sum((run_scenario(seed) for seed in range(first, first + 50)), Counter())
+    for what in ("preemptions", "swapped_in_tokens", "recomputed_tokens", "hits", "faults", "refused",
+                 "abort while running", "abort while waiting"):
+        assert happened[what] > 0, f"seeds {first} to {first + 49} never had {what}: {happened}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", type=int)
+    parser.add_argument("--first-seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    happened: Counter[str] = Counter()
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.count):
+        happened += run_scenario(seed)
+        if seed % 100 == 99:
+            print(f"\rseed {seed}: {dict(happened)}", end="", flush=True)
+    print(f"\n{arguments.count} scenarios, no difference: {dict(happened)}")
+
+
+if __name__ == "__main__":
+    main()
