@@ -53,6 +53,8 @@ def load_model(model: str) -> GPT2:
     if model in PUBLISHED:
         return from_state_dict(read_weights(download(model)), PUBLISHED[model], model)
     path = Path(model).expanduser()
+    if len(path.name) > 255:  # no file system takes such a name; asking one would raise
+        raise CheckpointError(f"unknown model {model[:80]!r}...: neither a name nor a path")
     if path.is_dir():
         path = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), path)
         if path.is_dir():

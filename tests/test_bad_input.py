@@ -62,6 +62,7 @@ def assert_refused(call: Callable[[], object], error: type[Exception], *words: s
     ("model", b"copycat", TypeError, "got b'copycat' (bytes)"),
     ("model", "gpt5", CheckpointError, "unknown model 'gpt5': not one of 'copycat', 'gpt2'"),
     ("model", "half\0a name", CheckpointError, "unknown model 'half\\x00a name'"),
+    ("model", "a" * 5000, CheckpointError, "neither a name nor a path"),
     ("model", "", CheckpointError, "''"),
     ("model", MODEL.state_dict(), TypeError, "(OrderedDict)"),
     ("device", "tpu", ValueError, "must be 'auto', 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),

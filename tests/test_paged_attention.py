@@ -21,6 +21,7 @@ from nanopaged.paged_attention import (
     write_kv_triton,
 )
 
+pytest.importorskip("triton", reason="there is no Triton on this system")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Rounding of the output's own dtype, and, for half precision, of the softmax before it meets V.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
