@@ -301,8 +301,10 @@ class LLM:
 
 
 def _show_progress(line: str) -> None:
+    """Rewrites one line of the terminal; silent where stderr is none."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
 
 
 def _resolve_device(device: str) -> torch.device:

@@ -77,8 +77,10 @@ class KVCache:
                 # A target stands here twice where a step failed and its block was given to somebody else since.
                 latest = {move.target: move.source for move in run}
                 self.blocks[:, :, list(latest.keys())] = self.blocks[:, :, list(latest.values())]
-            for _, source, target in run if kind != "copy" else ():
-                there, here = (self.swapped[target], self.blocks[:, :, source]) if kind == "out" else (
-                    self.blocks[:, :, target], self.swapped[source])
-                there.copy_(here, non_blocking=True)
+            elif kind == "out":
+                for _, source, target in run:
+                    self.swapped[target].copy_(self.blocks[:, :, source], non_blocking=True)
+            else:
+                for _, source, target in run:
+                    self.blocks[:, :, target].copy_(self.swapped[source], non_blocking=True)
             del moves[: len(run)]
