@@ -13,18 +13,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import random
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
 
-# Threads that wait for each other sleep instead of spinning: on a busy machine this is twice as fast. Read when torch
-# is imported, which the next line does.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-from nanopaged import LLM, RequestOutput, SamplingParams  # noqa: E402
+from nanopaged import LLM, RequestOutput, SamplingParams
 
 DOCUMENT = """\
 The librarian who never moved a book
