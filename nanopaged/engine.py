@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -28,6 +27,7 @@ from nanopaged.interrupts import uninterrupted
 from nanopaged.kv_cache import KVCache, block_bytes, free_bytes
 from nanopaged.outputs import CompletionOutput, RequestOutput
 from nanopaged.paged_attention import INTERPRETED, TORCH, TRITON, AttentionBackend, check_kernel_sizes, triton
+from nanopaged.report import show_progress
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling import sample
 from nanopaged.sampling_params import SamplingParams, continuation_seed, derive_seed
@@ -241,7 +241,7 @@ class LLM:
             self._advance()
             done = self.scheduler.stats.num_finished - before.num_finished
             tokens = self.scheduler.stats.output_tokens - before.output_tokens
-            _show_progress(f"{done} of {wanted} continuations, {tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s")
+            show_progress(f"{done} of {wanted} continuations, {tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s")
 
         try:
             for prompt, params in zip(prompts, sampling_params):
@@ -262,7 +262,7 @@ class LLM:
             with uninterrupted():
                 for request_id in mine:
                     self._news.pop(request_id, None)
-            _show_progress("")
+            show_progress("")
         return [self._output(request_id, members) for request_id, members in mine.items()]
 
     def abort_request(self, request_id: str) -> RequestOutput:
@@ -298,13 +298,6 @@ class LLM:
             pool_occupancy=window.referenced_blocks / steps / scheduler.allocator.num_blocks,
             swap_blocks=swap.num_blocks if swap else 0, swap_blocks_used=swap.stats().referenced_blocks if swap else 0,
             **asdict(scheduler.allocator.stats()), **asdict(scheduler.stats))
-
-
-def _show_progress(line: str) -> None:
-    """Rewrites one line of the terminal; silent where stderr is none."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
 
 
 def _resolve_device(device: str) -> torch.device:

@@ -271,7 +271,7 @@ def test_ctrl_c_at_any_call_site_of_generate_leaves_nothing_behind(undisturbed: 
     with Calls(in_blocks=True) as calls:
         generate(llm)
     for part in ("Scheduler.schedule", "Scheduler.update", "Scheduler._preempt", "BlockAllocator.take", "uninterrupted",
-                 "GPT2.forward", "LLM._output", "_show_progress"):
+                 "GPT2.forward", "LLM._output", "show_progress"):
         assert part in calls.functions, f"no interrupt in {part}"
     for number, where in occurrences(calls, 0.3 if preemption == "swap" else 0.8):
         llm, handler = engine(preemption), signal.getsignal(signal.SIGINT)
@@ -287,7 +287,7 @@ def test_what_comes_while_generate_clears_its_progress_line_leaves_nothing_behin
     with Calls() as calls:
         generate(llm)
     llm = engine("recompute")
-    with pytest.raises((InjectedFault, KeyboardInterrupt)), Calls(last_call(calls, "_show_progress"), deed):
+    with pytest.raises((InjectedFault, KeyboardInterrupt)), Calls(last_call(calls, "show_progress"), deed):
         generate(llm)
     assert_clean_and_correct(llm, "after the progress line")
 

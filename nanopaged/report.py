@@ -1,0 +1,98 @@
+"""How is a measurement shown, kept, and told apart from a mistake?
+
+Every command that measures (`python -m nanopaged.bench ...`, `python -m nanopaged.simulate`) prints
+tables for people and can write the same figures as JSON, with what is needed to redo them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+
+PACKAGES = ("torch", "triton", "numpy", "tiktoken")
+
+
+def show_progress(line: str) -> None:
+    """Rewrites one line of the terminal; "" clears it. Silent where stderr is no terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}")
+        sys.stderr.flush()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, padded so that it reads as plain text too; text to the left, all else to the right."""
+    cells = [[_shown(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    left = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = (text.ljust(width) if to_left else text.rjust(width)
+                  for text, width, to_left in zip(texts, widths, left))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) if to_left else "-" * (width + 1) + ":"
+                          for width, to_left in zip(widths, left)) + "|"
+    return "\n".join([line(header), rule, *map(line, cells)])
+
+
+def _shown(value: object) -> str:
+    """None: not measured. A float has three significant digits, which is more than most timings deserve."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def environment() -> dict[str, object]:
+    """When and on what this process runs; imports nothing heavy."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "system": platform.platform(),
+            "processor": _processor(), "versions": versions}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} cores"
+    except (OSError, IndexError):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
+
+
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], dict[str, object]],
+         arguments: Sequence[str] | None = None) -> int:
+    """Runs a measuring command, which prints its tables and returns its figures; gives the exit status.
+
+    A ValueError or an unreadable file is the user's to mend: one line and status 2, as for a bad flag.
+    """
+    parser.add_argument("--json", metavar="FILE", help="also write the figures here, with versions and arguments")
+    args = parser.parse_args(arguments)
+    try:
+        if args.json:
+            open(args.json, "a", encoding="utf-8").close()  # fails now, not after minutes of measuring
+        figures = run(args)
+        if args.json:
+            chosen = {name: value for name, value in vars(args).items() if not callable(value)}
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump({"environment": environment(), "arguments": chosen, "figures": figures}, file, indent=1)
+                file.write("\n")
+    except (ValueError, OSError) as error:
+        show_progress("")
+        sys.stderr.write(f"{parser.prog}: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        show_progress("")
+    return 0
