@@ -1,17 +1,11 @@
-"""How is attention computed over scattered blocks?
+"""How is attention computed over scattered blocks, on a GPU?
 
-Two operations, each as a Triton kernel and as a torch reference with the same signature: `write_kv`
-puts the K and V of a step's tokens into their slots, `paged_attention` reads them through the tables.
+A layer's cache is a pair of tensors (num_blocks, num_kv_heads, block_size, head_dim). One head's keys
+of one block are one run of block_size * head_dim elements (2 KiB for 16 tokens of 64 half floats), and
+a program works on one head: so neighbouring threads load neighbouring 16 bytes, and no byte in vain.
 
-The batch is ragged: request i has `query_start[i + 1] - query_start[i]` rows, one (decode) or many (a
-chunk of a prompt), the *last* of its `seq_lens[i]` tokens. Row r of n attends to positions 0 up to
-seq_lens[i] - n + r. A layer's cache is a pair of tensors (num_blocks, num_kv_heads, block_size,
-head_dim): one head's keys of one block lie together, so a program, which works on one head, reads
-whole runs of block_size * head_dim elements.
-
-The kernel is FlashAttention's online softmax (Dao et al., 2022; Milakov and Gimelshein, 2018) with
-one step of indirection, the page table, before each load (Kwon et al., SOSP 2023, section 4.1). A
-program owns a tile of query rows that share one key-value head, and walks that head's context:
+The kernels are FlashAttention's online softmax (Dao et al., 2022; Milakov and Gimelshein, 2018) with
+one step of indirection, the page table, before each load (Kwon et al., SOSP 2023, section 4.1):
 
                  context, TILE_KV tokens at a time, from anywhere in the pool ->
                  ┌────────┬────────┬────────┬────────┐
@@ -19,15 +13,29 @@ program owns a tile of query rows that share one key-value head, and walks that 
     of one       │        │        │      / │/ masked│   the diagonal; rescale what was summed so
     kv head      │        │        │ / masked        │   far to the larger maximum; add P V
                  └────────┴────────┴────────┴────────┘
+
+A row is one query head of one token. The heads that share K and V (grouped-query attention) are rows of
+one tile, so a block is read once for all of them. Three kernels walk or finish such tiles:
+
+    _prompt_kernel   a program owns up to 64 rows of one request, and walks their whole context
+    _decode_kernel   one token a request; few requests would leave most of a GPU idle, so a long context
+                     is split, and each program walks one part of it
+    _merge_kernel    puts the parts together (Flash-Decoding: Dao et al., 2023)
+
+What is computed is `torch_attention`'s to say. docs/kernel.md goes through this file tile by tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+
+from nanopaged.attention_arguments import check_attention, check_write
+from nanopaged.torch_attention import paged_attention_torch, write_kv_torch
 
 try:
     import triton
@@ -36,9 +44,11 @@ except ImportError:  # there is no Triton for macOS and Windows; the torch refer
     triton = tl = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # read when the kernels below are defined
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)  # these and the next are the kernels' limits;
 HEAD_DIMS = (16, 32, 64, 128, 256)  # the torch reference takes any
+MIN_SPLIT_TOKENS = 128  # a shorter part of a context costs more to merge than it saves
+PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that wait for memory at once, so that it is never idle
+LOG2_E = 1.4426950408889634  # the kernels' exponentials are powers of two, which the hardware has
 
 
 class AttentionBackend(NamedTuple):
@@ -46,86 +56,18 @@ class AttentionBackend(NamedTuple):
     paged_attention: Callable[..., torch.Tensor]
 
 
-def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-                   slots: torch.Tensor) -> None:
-    """Writes each token's K and V into its slot, in place.
-
-    Args:
-        k, v: (num_tokens, num_kv_heads, head_dim), last dimension contiguous; the cache's dtype.
-        k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous.
-        slots: (num_tokens,) int64, block id * block_size + place in the block; no slot twice.
-
-    Raises TypeError or ValueError for a dtype, shape, layout or device that does not fit.
-    """
-    _check_write(k, v, k_cache, v_cache, slots)
-    block_size = k_cache.shape[2]
-    blocks, offsets = slots // block_size, slots % block_size  # (num_tokens,)
-    k_cache[blocks, :, offsets] = k
-    v_cache[blocks, :, offsets] = v
-
-
-def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-                          query_start: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int,
-                          scale: float) -> torch.Tensor:
-    """Causal attention of a ragged batch over its block tables, accumulated in float32.
-
-    Grouped-query attention (Ainslie et al., 2023): with num_heads = group * num_kv_heads, query
-    head h reads key-value head h // group.
-
-    Args:
-        q: (num_tokens, num_heads, head_dim), last dimension contiguous; float32, float16 or
-            bfloat16. The rows of request i are query_start[i] .. query_start[i + 1] - 1.
-        k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous;
-            q's dtype. The K and V of this step's tokens are already in them.
-        block_tables: (num_requests, any width) int32, last dimension contiguous; entry j holds
-            positions j * block_size and up. Entries past a request's length are not read.
-        query_start: (num_requests + 1,) int32, from 0 to num_tokens, not falling.
-        seq_lens: (num_requests,) int32, tokens in the context, with this step's rows.
-        max_query_len: the most rows that one request has; the kernel leaves further rows unwritten.
-        scale: multiplies the scores; 1 / sqrt(head_dim) in GPT-2.
-
-    Returns (num_tokens, num_heads, head_dim), contiguous, q's dtype. Raises TypeError or ValueError
-    for a dtype, shape, layout or device that does not fit.
-    """
-    _check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens)
-    num_kv_heads, head_dim = k_cache.shape[1], q.shape[2]
-    group, block_size = q.shape[1] // num_kv_heads, k_cache.shape[2]
-    # Head h of block b is row b * num_kv_heads + h of these: one copy gathers head after head.
-    k_rows, v_rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (num_blocks * num_kv_heads, block_size, head_dim)
-    heads = torch.arange(num_kv_heads, device=q.device)[:, None]  # (num_kv_heads, 1)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    starts, lengths = query_start.tolist(), seq_lens.tolist()
-    for i, length in enumerate(lengths):
-        first, last = starts[i], starts[i + 1]
-        if (n := last - first) == 0:
-            continue
-        # Gather the scattered blocks into one contiguous context: what the kernel never does.
-        gathered = (block_tables[i, : -(-length // block_size)] * num_kv_heads + heads).flatten()
-        k = k_rows.index_select(0, gathered).view(num_kv_heads, -1, head_dim)[:, :length].float()
-        v = v_rows.index_select(0, gathered).view(num_kv_heads, -1, head_dim)[:, :length].float()
-        rows = q[first:last].float().unflatten(1, (num_kv_heads, group))  # (n, num_kv_heads, group, head_dim)
-        rows = rows.permute(1, 2, 0, 3).flatten(1, 2)  # (num_kv_heads, group * n, head_dim)
-        scores = rows @ k.transpose(1, 2) * scale  # (num_kv_heads, group * n, length)
-        if n > 1:
-            future = torch.ones(n, length, dtype=torch.bool, device=q.device).triu(length - n + 1)  # (n, length)
-            scores = scores.masked_fill(future.repeat(group, 1), -torch.inf)
-        result = scores.softmax(dim=-1) @ v  # (num_kv_heads, group * n, head_dim)
-        result = result.unflatten(1, (group, n)).permute(2, 0, 1, 3)  # (n, num_kv_heads, group, head_dim)
-        out[first:last] = result.flatten(1, 2).to(q.dtype)
-    return out
-
-
 def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
                     slots: torch.Tensor) -> None:
-    """As `write_kv_torch`; one program for each token and head."""
-    _check_write(k, v, k_cache, v_cache, slots)
+    """As `write_kv_torch`; one program for each token."""
+    check_write(k, v, k_cache, v_cache, slots)
     check_kernel_sizes(*k_cache.shape[2:])
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens:
         with _device_of(k):
-            _write_kv_kernel[(num_tokens, num_kv_heads)](
+            _write_kv_kernel[(num_tokens,)](
                 k, v, k_cache, v_cache, slots,
                 k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
+                NUM_KV_HEADS=num_kv_heads, TILE_HEADS=triton.next_power_of_2(num_kv_heads),
                 BLOCK_SIZE=k_cache.shape[2], HEAD_DIM=head_dim,
             )
 
@@ -133,137 +75,79 @@ def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_c
 def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
                            query_start: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int,
                            scale: float) -> torch.Tensor:
-    """As `paged_attention_torch`, without gathering: the kernel reads the blocks where they lie."""
-    _check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens)
+    """As `paged_attention_torch`, without gathering: the kernels read the blocks where they lie."""
+    check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, max_query_len)
     check_kernel_sizes(*k_cache.shape[2:])
-    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    group = q.shape[1] // num_kv_heads
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (num_tokens, num_heads, head_dim)
     if max_query_len == 0:
         return out
-    tile_rows, tile_q = query_tile(group, max_query_len)
-    grid = (len(seq_lens), num_kv_heads, triton.cdiv(max_query_len, tile_q))
+    num_requests, (num_tokens, num_heads, head_dim), num_kv_heads = len(seq_lens), q.shape, k_cache.shape[1]
+    group, block_size = num_heads // num_kv_heads, k_cache.shape[2]
+    inputs = (q, k_cache, v_cache, block_tables, seq_lens, scale * LOG2_E, q.stride(0), q.stride(1),
+              k_cache.stride(0), v_cache.stride(0), block_tables.stride(0))
+    constants = dict(GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+                     TILE_KV=max(16, min(64, 8192 // (head_dim * q.element_size()))),  # 8 KiB of K
+                     WIDEN=INTERPRETED and q.dtype == torch.bfloat16)  # its dot takes bfloat16's bits for integers
     with _device_of(q):
-        _paged_attention_kernel[grid](
-            q, k_cache, v_cache, out, block_tables, query_start, seq_lens, scale * LOG2_E,
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1), k_cache.stride(0), v_cache.stride(0),
-            block_tables.stride(0),
-            GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-            TILE_Q=tile_q, TILE_ROWS=tile_rows, TILE_KV=max(16, min(64, 16384 // (head_dim * q.element_size()))),
-            # A tensor on the CPU means Triton's interpreter, whose dot takes bfloat16's bits for integers.
-            WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda,
-        )
+        if max_query_len > 1 or num_tokens != num_requests:
+            rows, tile_q = prompt_tile(group, q.element_size())
+            # Request i's tiles begin at number query_start[i] // tile_q + i, or a little later than they could.
+            _prompt_kernel[(num_tokens // tile_q + num_requests, num_kv_heads)](
+                *inputs, out, query_start, num_requests, TILE_Q=tile_q, TILE_ROWS=rows, **constants,
+                num_stages=2, num_warps=8 if head_dim > 128 else 4)  # what fits the registers, see docs/kernel.md
+            return out
+        longest = block_tables.shape[1] * block_size  # what the tables have room for; lengths are the device's to know
+        tokens = split_tokens(num_requests * num_kv_heads, longest, _multiprocessors(q.device))
+        num_splits, rows = triton.cdiv(longest, tokens), max(16, triton.next_power_of_2(group))
+        grid = (num_requests, num_kv_heads, num_splits)
+        if num_splits == 1:
+            _decode_kernel[grid](*inputs, out, out, tokens, num_splits, TILE_ROWS=rows, SPLIT=False, **constants)
+            return out
+        parts = q.new_empty((num_requests, num_heads, num_splits, head_dim), dtype=torch.float32)
+        log_sums = q.new_empty((num_requests, num_heads, num_splits), dtype=torch.float32)
+        _decode_kernel[grid](*inputs, parts, log_sums, tokens, num_splits, TILE_ROWS=rows, SPLIT=True, **constants)
+        _merge_kernel[(num_requests, num_heads)](parts, log_sums, out, seq_lens, tokens, num_splits,
+                                                 HEAD_DIM=head_dim, TILE_SPLITS=16)
     return out
+
+
+TORCH = AttentionBackend(write_kv_torch, paged_attention_torch)
+TRITON = AttentionBackend(write_kv_triton, paged_attention_triton)
+
+
+def prompt_tile(group: int, element_bytes: int) -> tuple[int, int]:
+    """(rows, query tokens) of a prompt program's tile.
+
+    64 rows of half floats are what Hopper's tensor cores take at once; exact float32 has no tensor
+    cores, and its products keep more in registers.
+    """
+    rows = max(128 // element_bytes, triton.next_power_of_2(group))
+    return rows, rows // group
+
+
+def split_tokens(num_contexts: int, longest: int, num_multiprocessors: int) -> int:
+    """How many tokens of a context one decode program walks: all of them, where there are programs enough.
+
+    Args:
+        num_contexts: requests times key-value heads.
+        longest: tokens in a context at most.
+
+    Returns a multiple of MIN_SPLIT_TOKENS.
+    """
+    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors, num_contexts)  # programs for a context
+    return triton.cdiv(triton.cdiv(longest, wanted), MIN_SPLIT_TOKENS) * MIN_SPLIT_TOKENS
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4  # in the interpreter: some number, small enough that a test meets both sides of the rule
 
 
 def _device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-TORCH = AttentionBackend(write_kv_torch, paged_attention_torch)
-TRITON = AttentionBackend(write_kv_triton, paged_attention_triton)
-LOG2_E = 1.4426950408889634  # the kernel's exponentials are powers of two, which the hardware has
-
-
-def query_tile(group: int, max_query_len: int) -> tuple[int, int]:
-    """(rows, query tokens) of a program's tile.
-
-    A row is one query head of one token. The `group` heads that share K and V are in one tile, so a
-    block is read once for all of them. A matrix product on tensor cores has at least 16 rows.
-    """
-    most_rows = 16 if max_query_len == 1 else 64
-    rows = max(16, triton.next_power_of_2(group), min(most_rows, triton.next_power_of_2(group * max_query_len)))
-    return rows, rows // group
-
-
-jit = triton.jit if triton is not None else lambda function: function  # so that this file can be read anywhere
-
-
-@jit
-def _write_kv_kernel(
-    k, v, k_cache, v_cache, slots,
-    k_stride_token, k_stride_head, v_stride_token, v_stride_head, k_stride_block, v_stride_block,
-    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-):
-    """Program (t, h) copies head h of token t; argument layouts as in `write_kv_torch`."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    slot = tl.load(slots + token)  # int64: an element's place in a large pool passes 2**31
-    inside = head * (BLOCK_SIZE * HEAD_DIM) + (slot % BLOCK_SIZE) * HEAD_DIM
-    dims = tl.arange(0, HEAD_DIM)
-    block = slot // BLOCK_SIZE
-    tl.store(k_cache + block * k_stride_block + inside + dims,
-             tl.load(k + token * k_stride_token + head * k_stride_head + dims))
-    tl.store(v_cache + block * v_stride_block + inside + dims,
-             tl.load(v + token * v_stride_token + head * v_stride_head + dims))
-
-
-@jit
-def _dot(a, b, WIDEN: tl.constexpr):
-    """Matrix product summed in float32; "ieee" keeps float32 inputs from being cut to TF32."""
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@jit
-def _paged_attention_kernel(
-    q, k_cache, v_cache, out, block_tables, query_start, seq_lens, scale_log2,
-    q_stride_token, q_stride_head, out_stride_token, out_stride_head, k_stride_block, v_stride_block, table_stride,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
-):
-    """Program (i, h, t) computes query tokens t * TILE_Q and up of request i, for kv head h.
-
-    Argument layouts as in `paged_attention_torch`. Row r of the tile is query token r // GROUP,
-    query head h * GROUP + r % GROUP.
-    """
-    request, kv_head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first = tl.load(query_start + request)
-    query_len = tl.load(query_start + request + 1) - first
-    if tile * TILE_Q >= query_len:
-        return  # the grid is sized for the longest request
-    seq_len = tl.load(seq_lens + request)
-
-    rows = tl.arange(0, TILE_ROWS)
-    token = tile * TILE_Q + rows // GROUP  # (TILE_ROWS,) of the request's query tokens
-    row_is_real = (rows < TILE_Q * GROUP) & (token < query_len)
-    position = seq_len - query_len + token  # (TILE_ROWS,) the last position that the row attends to
-    head = kv_head * GROUP + rows % GROUP
-    dims = tl.arange(0, HEAD_DIM)
-    q_row = (first + token).to(tl.int64) * q_stride_token + head * q_stride_head
-    q_tile = tl.load(q + q_row[:, None] + dims[None, :], mask=row_is_real[:, None], other=0.0)  # (TILE_ROWS, HEAD_DIM)
-
-    maximum = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((TILE_ROWS,), tl.float32)
-    weighted = tl.zeros((TILE_ROWS, HEAD_DIM), tl.float32)
-    tokens = tl.arange(0, TILE_KV)
-    # The tile's last query token sees this far; what comes after is masked for every row.
-    context = tl.minimum(seq_len, seq_len - query_len + (tile + 1) * TILE_Q)
-    for start in range(0, context, TILE_KV):
-        place = start + tokens  # (TILE_KV,) positions in the request's sequence
-        inside = place < context
-        block = tl.load(block_tables + request * table_stride + place // BLOCK_SIZE, mask=inside, other=0)
-        block = block.to(tl.int64)  # an element's place in a large pool passes 2**31
-        in_block = kv_head * (BLOCK_SIZE * HEAD_DIM) + (place % BLOCK_SIZE) * HEAD_DIM
-        k_tile = tl.load(k_cache + (block * k_stride_block + in_block)[:, None] + dims[None, :],
-                         mask=inside[:, None], other=0.0)  # (TILE_KV, HEAD_DIM)
-        scores = _dot(q_tile, tl.trans(k_tile), WIDEN) * scale_log2  # (TILE_ROWS, TILE_KV)
-        scores = tl.where(place[None, :] <= position[:, None], scores, float("-inf"))
-        # Every row sees position 0, in the first tile: its maximum is finite from there on.
-        larger = tl.maximum(maximum, tl.max(scores, axis=1))
-        shrink = tl.exp2(maximum - larger)  # what was summed so far, at the larger maximum
-        probs = tl.exp2(scores - larger[:, None])
-        maximum = larger
-        total = total * shrink + tl.sum(probs, axis=1)
-        v_tile = tl.load(v_cache + (block * v_stride_block + in_block)[:, None] + dims[None, :],
-                         mask=inside[:, None], other=0.0)  # (TILE_KV, HEAD_DIM)
-        weighted = weighted * shrink[:, None] + _dot(probs.to(v_tile.dtype), v_tile, WIDEN)
-
-    out_row = (first + token).to(tl.int64) * out_stride_token + head * out_stride_head
-    tl.store(out + out_row[:, None] + dims[None, :], (weighted / total[:, None]).to(out.dtype.element_ty),
-             mask=row_is_real[:, None])
 
 
 def check_kernel_sizes(block_size: int, head_dim: int) -> None:
@@ -274,46 +158,193 @@ def check_kernel_sizes(block_size: int, head_dim: int) -> None:
                          f"got {block_size} and {head_dim}: use attention='torch'")
 
 
-# Shapes, dtypes and layouts are checked before any launch; values are not, since that would wait for the device.
+def jit(*unspecialized: str) -> Callable[[Callable], Any]:
+    """`triton.jit`, where there is Triton.
+
+    Triton compiles a kernel again for an integer that is 1, or divisible by 16, or a pointer that is
+    aligned; of the arguments named here it need not know, so that no batch is the first of its kind.
+    """
+    if triton is None:
+        return lambda function: function
+    return triton.jit(do_not_specialize=unspecialized)
 
 
-def _check_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-                 slots: torch.Tensor) -> None:
-    _check_cache("k", k, k_cache, v_cache)
-    for name, rows in (("k", k), ("v", v)):
-        _check(name, rows, (len(k), k_cache.shape[1], k_cache.shape[3]), k_cache)
-    _check("slots", slots, (len(k),), k_cache, torch.int64)
+@jit("slots")
+def _write_kv_kernel(
+    k, v, k_cache, v_cache, slots,
+    k_stride_token, k_stride_head, v_stride_token, v_stride_head, k_stride_block, v_stride_block,
+    NUM_KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+):
+    """Program t copies token t, all its heads; argument layouts as in `write_kv_torch`."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)  # int64: an element's place in a large pool passes 2**31
+    heads = tl.arange(0, TILE_HEADS)[:, None]
+    dims = tl.arange(0, HEAD_DIM)[None, :]
+    real = (heads < NUM_KV_HEADS) & (dims < HEAD_DIM)  # (TILE_HEADS, HEAD_DIM)
+    inside = heads * (BLOCK_SIZE * HEAD_DIM) + (slot % BLOCK_SIZE) * HEAD_DIM + dims
+    block = slot // BLOCK_SIZE
+    tl.store(k_cache + block * k_stride_block + inside,
+             tl.load(k + token * k_stride_token + heads * k_stride_head + dims, mask=real), mask=real)
+    tl.store(v_cache + block * v_stride_block + inside,
+             tl.load(v + token * v_stride_token + heads * v_stride_head + dims, mask=real), mask=real)
 
 
-def _check_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-                     query_start: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    _check_cache("q", q, k_cache, v_cache)
-    if q.dim() != 3 or q.shape[1] % k_cache.shape[1]:
-        raise ValueError(f"num_kv_heads must divide num_heads, got {k_cache.shape[1]} and q {tuple(q.shape)}")
-    _check("q", q, (*q.shape[:2], k_cache.shape[3]), k_cache)
-    _check("seq_lens", seq_lens, (len(seq_lens),), k_cache, torch.int32)
-    _check("query_start", query_start, (len(seq_lens) + 1,), k_cache, torch.int32)
-    _check("block_tables", block_tables, (len(seq_lens), block_tables.shape[-1]), k_cache, torch.int32)
+@jit()
+def _dot(a, b, WIDEN: tl.constexpr):
+    """Matrix product summed in float32; "ieee" keeps float32 inputs from being cut to TF32."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
 
 
-def _check_cache(name: str, rows: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-    if rows.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {rows.dtype}")
-    if k_cache.dim() != 4:
-        raise ValueError(f"k_cache must be (num_blocks, num_kv_heads, block_size, head_dim), got {tuple(k_cache.shape)}")
-    for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        _check(cache_name, cache, tuple(k_cache.shape), k_cache, rows.dtype)
-        if not cache[:1].is_contiguous():
-            raise ValueError(f"{cache_name}'s blocks must each be contiguous, got strides {cache.stride()}")
+@jit()
+def _attend(
+    q_tile, last_position, begin, end, table, kv_head, k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
+    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KV: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """A tile of rows attends to positions begin .. end - 1 of one context, each row up to its last position.
+
+    `q_tile` is (TILE_ROWS, HEAD_DIM), `last_position` (TILE_ROWS,), at least `begin`; `table` points at
+    the request's block table. Returns the rows' weighted means of V (TILE_ROWS, HEAD_DIM), and the base-2
+    logarithms of their sums of exponentials (TILE_ROWS,), both float32.
+    """
+    maximum = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE_ROWS,), tl.float32)
+    weighted = tl.zeros((TILE_ROWS, HEAD_DIM), tl.float32)
+    tokens = tl.arange(0, TILE_KV)
+    dims = tl.arange(0, HEAD_DIM)
+    for start in range(begin, end, TILE_KV):
+        place = start + tokens  # (TILE_KV,) positions in the request's sequence
+        inside = place < end
+        block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0)
+        block = block.to(tl.int64)  # an element's place in a large pool passes 2**31
+        in_block = kv_head * (BLOCK_SIZE * HEAD_DIM) + (place % BLOCK_SIZE) * HEAD_DIM
+        k_tile = tl.load(k_cache + (block * k_stride_block + in_block)[:, None] + dims[None, :],
+                         mask=inside[:, None], other=0.0)  # (TILE_KV, HEAD_DIM)
+        scores = _dot(q_tile, tl.trans(k_tile), WIDEN) * scale_log2  # (TILE_ROWS, TILE_KV)
+        scores = tl.where(place[None, :] <= last_position[:, None], scores, float("-inf"))
+        # Every row sees `begin`, in the first tile: its maximum is finite from there on.
+        larger = tl.maximum(maximum, tl.max(scores, axis=1))
+        shrink = tl.exp2(maximum - larger)  # what was summed so far, at the larger maximum
+        probs = tl.exp2(scores - larger[:, None])
+        maximum = larger
+        total = total * shrink + tl.sum(probs, axis=1)
+        v_tile = tl.load(v_cache + (block * v_stride_block + in_block)[:, None] + dims[None, :],
+                         mask=inside[:, None], other=0.0)  # (TILE_KV, HEAD_DIM)
+        weighted = weighted * shrink[:, None] + _dot(probs.to(v_tile.dtype), v_tile, WIDEN)
+    return weighted / total[:, None], maximum + tl.log2(total)
 
 
-def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], cache: torch.Tensor,
-           dtype: torch.dtype | None = None) -> None:  # None: the cache's
-    dtype = dtype or cache.dtype
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
-        raise ValueError(f"{name} must have shape {shape} and a contiguous last dimension, got shape "
-                         f"{tuple(tensor.shape)}, strides {tensor.stride()}")
-    if tensor.device != cache.device:
-        raise ValueError(f"{name} must be on the cache's device, {cache.device}, got {tensor.device}")
+@jit("block_tables", "seq_lens", "table_stride", "query_start", "num_requests")
+def _prompt_kernel(
+    q, k_cache, v_cache, block_tables, seq_lens, scale_log2, q_stride_token, q_stride_head,
+    k_stride_block, v_stride_block, table_stride,
+    out, query_start, num_requests,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_ROWS: tl.constexpr,
+):
+    """Program (t, h) computes kv head h of tile t: TILE_Q query tokens of one request.
+
+    Argument layouts as in `paged_attention_torch`. Row r of the tile is query token r // GROUP,
+    query head h * GROUP + r % GROUP.
+    """
+    number, kv_head = tl.program_id(0), tl.program_id(1)
+    # Whose tile is it? The last request's whose tiles begin at or before this number.
+    low, high = 0, num_requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start + middle) // TILE_Q + middle <= number:
+            low = middle
+        else:
+            high = middle
+    request = low
+    first = tl.load(query_start + request)
+    query_len = tl.load(query_start + request + 1) - first
+    tile = number - (first // TILE_Q + request)  # of this request's
+    if tile * TILE_Q >= query_len:
+        return  # tiles are numbered with room for every request's last one, which not all need
+    seq_len = tl.load(seq_lens + request)
+
+    rows = tl.arange(0, TILE_ROWS)
+    token = tile * TILE_Q + rows // GROUP  # (TILE_ROWS,) of the request's query tokens
+    row_is_real = (rows < TILE_Q * GROUP) & (token < query_len)
+    last_position = seq_len - query_len + token  # (TILE_ROWS,)
+    head = kv_head * GROUP + rows % GROUP
+    dims = tl.arange(0, HEAD_DIM)
+    at = (first + token).to(tl.int64)  # (TILE_ROWS,) row of q and out
+    q_tile = tl.load(q + (at * q_stride_token + head * q_stride_head)[:, None] + dims[None, :],
+                     mask=row_is_real[:, None], other=0.0)  # (TILE_ROWS, HEAD_DIM)
+    # The tile's last query token sees this far; what comes after is masked for every row.
+    context = tl.minimum(seq_len, seq_len - query_len + (tile + 1) * TILE_Q)
+    mean, _ = _attend(q_tile, last_position, 0, context, block_tables + request.to(tl.int64) * table_stride, kv_head,
+                      k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
+                      BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, WIDEN)
+    num_heads = tl.num_programs(1) * GROUP
+    tl.store(out + ((at * num_heads + head) * HEAD_DIM)[:, None] + dims[None, :], mean.to(out.dtype.element_ty),
+             mask=row_is_real[:, None])
+
+
+@jit("block_tables", "seq_lens", "table_stride", "tokens_per_split", "num_splits")
+def _decode_kernel(
+    q, k_cache, v_cache, block_tables, seq_lens, scale_log2, q_stride_token, q_stride_head,
+    k_stride_block, v_stride_block, table_stride,
+    out, log_sums, tokens_per_split, num_splits,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_ROWS: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """Program (i, h, s) computes request i's one query token for kv head h, over part s of its context.
+
+    `out` is (num_requests, num_heads, num_splits, head_dim), `log_sums` the same without its last
+    dimension, float32, and used only where SPLIT. Otherwise as in `_prompt_kernel`.
+    """
+    request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq_len = tl.load(seq_lens + request)
+    begin = split * tokens_per_split
+    if begin >= seq_len:
+        return  # the grid is sized for the longest context
+    end = tl.minimum(begin + tokens_per_split, seq_len)
+
+    rows = tl.arange(0, TILE_ROWS)  # a tensor core's product has at least 16, of which GROUP are real
+    row_is_real = rows < GROUP
+    head = kv_head * GROUP + rows
+    dims = tl.arange(0, HEAD_DIM)
+    q_tile = tl.load(q + (request.to(tl.int64) * q_stride_token + head * q_stride_head)[:, None] + dims[None, :],
+                     mask=row_is_real[:, None], other=0.0)  # (TILE_ROWS, HEAD_DIM)
+    mean, log_sum = _attend(q_tile, tl.full((TILE_ROWS,), end - 1, tl.int32), begin, end,
+                            block_tables + request.to(tl.int64) * table_stride, kv_head,
+                            k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
+                            BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, WIDEN)
+    num_heads = tl.num_programs(1) * GROUP
+    at = (request.to(tl.int64) * num_heads + head) * num_splits + split  # (TILE_ROWS,)
+    tl.store(out + (at * HEAD_DIM)[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=row_is_real[:, None])
+    if SPLIT:
+        tl.store(log_sums + at, log_sum, mask=row_is_real)
+
+
+@jit("seq_lens", "tokens_per_split", "num_splits")
+def _merge_kernel(parts, log_sums, out, seq_lens, tokens_per_split, num_splits,
+                  HEAD_DIM: tl.constexpr, TILE_SPLITS: tl.constexpr):
+    """Program (i, h) merges the parts of request i, query head h: their means, weighted by their sums.
+
+    `parts` and `log_sums` as `_decode_kernel` leaves them, `out` (num_requests, num_heads, head_dim).
+    """
+    request, head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    used = tl.cdiv(tl.load(seq_lens + request), tokens_per_split)  # the other parts were not written
+    row = request * num_heads + head
+    dims = tl.arange(0, HEAD_DIM)
+    maximum = tl.full((1,), float("-inf"), tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    weighted = tl.zeros((HEAD_DIM,), tl.float32)
+    for start in range(0, used, TILE_SPLITS):  # the online softmax again, over parts instead of tokens
+        split = start + tl.arange(0, TILE_SPLITS)
+        log_sum = tl.load(log_sums + row * num_splits + split, mask=split < used, other=float("-inf"))
+        part = tl.load(parts + ((row * num_splits + split) * HEAD_DIM)[:, None] + dims[None, :],
+                       mask=(split < used)[:, None], other=0.0)  # (TILE_SPLITS, HEAD_DIM)
+        larger = tl.maximum(maximum, tl.max(log_sum, axis=0))
+        shrink = tl.exp2(maximum - larger)
+        weight = tl.exp2(log_sum - larger)  # (TILE_SPLITS,)
+        maximum = larger
+        total = total * shrink + tl.sum(weight, axis=0)
+        weighted = weighted * shrink + tl.sum(part * weight[:, None], axis=0)
+    tl.store(out + row * HEAD_DIM + dims, (weighted / total).to(out.dtype.element_ty))

@@ -5,24 +5,30 @@ Without a GPU the kernels run in Triton's interpreter, so shapes are tiny.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nanopaged import paged_attention
 from nanopaged.paged_attention import (
     BLOCK_SIZES,
     HEAD_DIMS,
+    MIN_SPLIT_TOKENS,
     paged_attention_torch,
     paged_attention_triton,
-    query_tile,
+    prompt_tile,
+    split_tokens,
     write_kv_torch,
     write_kv_triton,
 )
 
 pytest.importorskip("triton", reason="there is no Triton on this system")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there the kernels are compiled, and run on it
 # Rounding of the output's own dtype, and, for half precision, of the softmax before it meets V.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -117,16 +123,122 @@ def test_the_kernel_equals_the_reference_on_ragged_batches(
     assert_close(paged_attention_triton(*case.arguments()), paged_attention_torch(*case.arguments()), dtype)
 
 
-@pytest.mark.parametrize("num_heads, num_kv_heads", [(2, 1), (4, 1), (6, 2), (12, 1), (12, 12)])
-def test_the_kernel_shares_key_heads_among_query_heads(num_heads: int, num_kv_heads: int) -> None:
-    case = make_case([19, 10], [3, 1], num_heads, num_kv_heads)
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(2, 2), (2, 1), (4, 1), (6, 2), (12, 1), (12, 12)])
+@pytest.mark.parametrize("query_lens", [[3, 1], [1, 1]], ids=["prompt", "decode"])
+def test_the_kernels_share_key_heads_among_query_heads(num_heads: int, num_kv_heads: int, query_lens: list[int]) -> None:
+    case = make_case([19, 10], query_lens, num_heads, num_kv_heads)
     assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_kernel_takes_every_head_size(head_dim: int) -> None:
-    case = make_case([21, 70], [2, 1], 1, 1, head_dim=head_dim)
+@pytest.mark.parametrize("query_lens", [[2, 1], [1, 1]], ids=["prompt", "decode"])
+def test_the_kernels_take_every_head_size(head_dim: int, query_lens: list[int]) -> None:
+    case = make_case([21, 70], query_lens, 1, 1, head_dim=head_dim)
     assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
+
+
+class Launches:
+    """Counts the programs that each kernel is launched with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.grids: dict[str, tuple[int, ...]] = {}
+        for name in ("_prompt_kernel", "_decode_kernel", "_merge_kernel"):
+            monkeypatch.setattr(paged_attention, name, self._recording(name, getattr(paged_attention, name)))
+
+    def _recording(self, name: str, kernel):
+        class Recording:
+            def __getitem__(_, grid: tuple[int, ...]):
+                self.grids[name] = grid
+                return kernel[grid]
+
+        return Recording()
+
+
+SPLIT_EDGES = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100]  # of blocks of 8 tokens, and of splits of 16
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(2, 1, 32), (4, 1, 64), (12, 1, 128), (2, 2, 256)])
+def test_a_decode_split_over_programs_equals_the_reference(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_attention, "MIN_SPLIT_TOKENS", 16)
+    monkeypatch.setattr(paged_attention, "_multiprocessors", lambda device: 1000)
+    launches = Launches(monkeypatch)
+    for lengths in (SPLIT_EDGES, [3, 290]):
+        case = make_case(lengths, [1] * len(lengths), num_heads, num_kv_heads, head_dim, dtype=dtype)
+        assert_close(paged_attention_triton(*case.arguments()), paged_attention_torch(*case.arguments()), dtype)
+        assert launches.grids["_decode_kernel"][2] == -(-case.block_tables.shape[1] * 8 // 16), "the context was not split"
+    assert launches.grids["_merge_kernel"] == (2, num_heads)
+
+
+@pytest.mark.parametrize("length", [MIN_SPLIT_TOKENS - 1, MIN_SPLIT_TOKENS, MIN_SPLIT_TOKENS + 1, 2 * MIN_SPLIT_TOKENS + 1])
+def test_one_request_is_split_at_the_smallest_part_that_pays(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches(monkeypatch)
+    monkeypatch.setattr(paged_attention, "_multiprocessors", lambda device: 132)
+    case = make_case([length], [1], 1, 1)
+    case.block_tables = case.block_tables[:, :-1]  # no wider than the context needs
+    assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
+    parts = -(-case.block_tables.shape[1] * 8 // MIN_SPLIT_TOKENS)
+    assert launches.grids["_decode_kernel"] == (1, 1, parts)
+    assert ("_merge_kernel" in launches.grids) == (parts > 1)
+
+
+def test_few_contexts_are_split_to_fill_the_multiprocessors_and_many_are_not() -> None:
+    def parts(requests: int, longest: int) -> int:
+        return -(-longest // split_tokens(requests * 12, longest, num_multiprocessors=132))
+
+    assert parts(1, 1024) == 8  # 96 programs: as many as the smallest part allows
+    for requests in (1, 2, 5, 8, 20):
+        assert 0.9 * 4 * 132 <= parts(requests, 32768) * requests * 12 <= 1.4 * 4 * 132  # 4 programs for each, or so
+    assert parts(256, 1024) == parts(44, 32768) == 1  # 44 * 12 = 4 * 132: there are programs enough
+    assert parts(256, 10) == parts(1, 100) == 1
+
+
+def test_an_idle_request_among_decodes_shifts_nobody() -> None:
+    case = make_case([9, 4, 12], [1, 0, 1])
+    assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_tile_finds_its_request_in_random_ragged_batches(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "prompt_tile", lambda group, element_bytes: (16, 16 // group))  # many tiles
+    rng = torch.Generator().manual_seed(seed)
+    query_lens = torch.randint(0, 40, (7,), generator=rng).tolist()
+    lengths = [n + extra for n, extra in zip(query_lens, torch.randint(1, 9, (7,), generator=rng).tolist())]
+    case = make_case(lengths, query_lens, 4, 2, seed=seed)
+    assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
+
+
+FAR_BLOCK = """
+import torch
+from nanopaged.paged_attention import paged_attention_torch, paged_attention_triton, write_kv_torch, write_kv_triton
+# A pool of 2**31 + 2**27 elements: memory that nobody touches is not there, and two blocks are touched.
+far = 2**31 // (2 * 8 * 16) + 1000
+pool = torch.empty(far + 2**19, 2, 8, 16, dtype=torch.float16, device="{device}")
+rng = torch.Generator().manual_seed(0)
+k, v, q = (torch.randn(1, 2, 16, generator=rng).half().to(pool.device) for _ in range(3))
+slots = torch.tensor([far * 8 + 3], device=pool.device)
+pool[far] = 0
+write_kv_triton(k, v, pool, pool, slots)
+assert torch.equal(pool[far, :, 3], v[0]) and pool[far].count_nonzero() == 32, "written elsewhere"
+table = torch.tensor([[0, far]], dtype=torch.int32, device=pool.device)
+pool[0] = 0
+for query_start in ([0, 1], [0, 2]):
+    q = torch.randn(query_start[1], 2, 16, generator=rng).half().to(pool.device)
+    inputs = (q, pool, pool, table, torch.tensor(query_start, dtype=torch.int32, device=pool.device),
+              torch.tensor([12], dtype=torch.int32, device=pool.device), query_start[1], 0.25)
+    torch.testing.assert_close(paged_attention_triton(*inputs), paged_attention_torch(*inputs), rtol=0, atol=2e-3)
+print("reached")
+"""
+
+
+def test_elements_past_2_to_the_31_are_reached() -> None:
+    # In a process of its own: a place cut to 32 bits is negative, and reading there ends the process.
+    run = subprocess.run([sys.executable, "-c", FAR_BLOCK.format(device=DEVICE.type)], capture_output=True, text=True)
+    if "not enough memory" in run.stderr or "out of memory" in run.stderr:
+        pytest.skip("no 4.3 GB of address space")
+    assert run.stdout == "reached\n", f"exit status {run.returncode}: {run.stderr}"
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
@@ -143,7 +255,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 
 
 def test_a_prompt_longer_than_a_tile_is_causal_in_every_row() -> None:
-    rows, tile_q = query_tile(1, 70)
+    rows, tile_q = prompt_tile(1, 4)
     assert tile_q < 70, f"the prompt must need several tiles, a tile has {rows} rows"
     case = make_case([75], [70], 1, 1)
     assert_close(paged_attention_triton(*case.arguments()), contiguous_attention(case), torch.float32)
@@ -185,16 +297,22 @@ BAD = [  # (argument, what becomes of it, error, words)
     ("q", lambda t: t.half(), TypeError, "k_cache must be torch.float16, got torch.float32"),
     ("q", lambda t: t[:, :, :8], ValueError, "q must have shape"),
     ("q", lambda t: t[:, :, ::2], ValueError, "q must have shape"),
-    ("q", lambda t: t[0], ValueError, "num_kv_heads must divide num_heads"),
+    ("q", lambda t: t[0], ValueError, "q must have 3 dimensions"),
+    ("q", lambda t: t.tolist(), TypeError, "q must be a tensor"),
     ("q", lambda t: t[:, :1], ValueError, "num_kv_heads must divide num_heads"),
-    ("k_cache", lambda t: t[0], ValueError, "num_blocks, num_kv_heads, block_size, head_dim"),
+    ("k_cache", lambda t: t[0], ValueError, "k_cache must have 4 dimensions"),
+    ("k_cache", lambda t: t[:, :0], ValueError, "num_blocks, num_kv_heads, block_size, head_dim.* is empty"),
     ("k_cache", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2), ValueError, "blocks must each be contiguous"),
     ("v_cache", lambda t: t[:2], ValueError, "v_cache must have shape"),
     ("v_cache", lambda t: t.half(), TypeError, "v_cache must be torch.float32"),
     ("block_tables", lambda t: t.long(), TypeError, "block_tables must be torch.int32, got torch.int64"),
-    ("block_tables", lambda t: t[0], ValueError, "block_tables must have shape"),
+    ("block_tables", lambda t: t[0], ValueError, "block_tables must have 2 dimensions"),
+    ("block_tables", lambda t: t[:1], ValueError, r"block_tables must have shape \(2,"),
+    ("block_tables", lambda t: t.repeat(1, 2)[:, ::2], ValueError, "block_tables .* contiguous last dimension"),
     ("query_start", lambda t: t[:-1], ValueError, r"query_start must have shape \(3,\)"),
     ("seq_lens", lambda t: t.float(), TypeError, "seq_lens must be torch.int32"),
+    ("max_query_len", lambda n: n + 2, ValueError, "max_query_len must be from 0 to 3"),
+    ("max_query_len", lambda n: float(n), TypeError, "max_query_len must be an int"),
     ("seq_lens", lambda t: t.to("meta"), ValueError, "seq_lens must be on the cache's device"),
 ]
 

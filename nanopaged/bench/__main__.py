@@ -11,6 +11,7 @@ from nanopaged import report
 
 COMMANDS = {
     "kernel": "attention alone, beside contiguous attention and a plain copy of the same bytes",
+    "compile": "what the compiler makes of the kernels, for GPUs that need not be there",
     "decode": "whole decode steps, with and without CUDA graphs, beside the memory floor",
     "scheduler": "the scheduler's cost for each token as queues, pools and caches grow",
     "engine": "the whole engine beside static batches, one request at a time, and the floor",

@@ -1,0 +1,84 @@
+"""What is paged attention? Plain torch: the answer that the kernels must give, and what runs on a CPU.
+
+Two operations, which `paged_attention` has as Triton kernels with the same signatures: `write_kv` puts
+the K and V of a step's tokens into their slots, `paged_attention` reads them through the block tables.
+
+The batch is ragged: request i has `query_start[i + 1] - query_start[i]` rows, one (decode) or many (a
+chunk of a prompt), the *last* of its `seq_lens[i]` tokens. Row r of n attends to positions 0 up to
+seq_lens[i] - n + r.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanopaged.attention_arguments import check_attention, check_write
+
+
+def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+                   slots: torch.Tensor) -> None:
+    """Writes each token's K and V into its slot, in place.
+
+    Args:
+        k, v: (num_tokens, num_kv_heads, head_dim), last dimension contiguous; the cache's dtype.
+        k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous.
+        slots: (num_tokens,) int64, block id * block_size + place in the block; no slot twice.
+
+    Raises TypeError or ValueError for a dtype, shape, layout or device that does not fit.
+    """
+    check_write(k, v, k_cache, v_cache, slots)
+    block_size = k_cache.shape[2]
+    blocks, offsets = slots // block_size, slots % block_size  # (num_tokens,)
+    k_cache[blocks, :, offsets] = k
+    v_cache[blocks, :, offsets] = v
+
+
+def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
+                          query_start: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int,
+                          scale: float) -> torch.Tensor:
+    """Causal attention of a ragged batch over its block tables, accumulated in float32.
+
+    Grouped-query attention (Ainslie et al., 2023): with num_heads = group * num_kv_heads, query
+    head h reads key-value head h // group.
+
+    Args:
+        q: (num_tokens, num_heads, head_dim), last dimension contiguous; float32, float16 or
+            bfloat16. The rows of request i are query_start[i] .. query_start[i + 1] - 1.
+        k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous;
+            q's dtype. The K and V of this step's tokens are already in them.
+        block_tables: (num_requests, any width) int32, last dimension contiguous; entry j holds
+            positions j * block_size and up. Entries past a request's length are not read.
+        query_start: (num_requests + 1,) int32, from 0 to num_tokens, not falling.
+        seq_lens: (num_requests,) int32, tokens in the context, with this step's rows.
+        max_query_len: the most rows that one request has; where it is 1, the kernel for decoding runs.
+        scale: multiplies the scores; 1 / sqrt(head_dim) in GPT-2.
+
+    Returns (num_tokens, num_heads, head_dim), contiguous, q's dtype. Raises TypeError or ValueError
+    for a dtype, shape, layout or device that does not fit.
+    """
+    check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, max_query_len)
+    num_kv_heads, head_dim = k_cache.shape[1], q.shape[2]
+    group, block_size = q.shape[1] // num_kv_heads, k_cache.shape[2]
+    # Head h of block b is row b * num_kv_heads + h of these: one copy gathers head after head.
+    k_rows, v_rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (num_blocks * num_kv_heads, block_size, head_dim)
+    heads = torch.arange(num_kv_heads, device=q.device)[:, None]  # (num_kv_heads, 1)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    for i, length in enumerate(lengths):
+        first, last = starts[i], starts[i + 1]
+        if (n := last - first) == 0:
+            continue
+        # Gather the scattered blocks into one contiguous context: what the kernel never does.
+        gathered = (block_tables[i, : -(-length // block_size)] * num_kv_heads + heads).flatten()
+        k = k_rows.index_select(0, gathered).view(num_kv_heads, -1, head_dim)[:, :length].float()
+        v = v_rows.index_select(0, gathered).view(num_kv_heads, -1, head_dim)[:, :length].float()
+        rows = q[first:last].float().unflatten(1, (num_kv_heads, group))  # (n, num_kv_heads, group, head_dim)
+        rows = rows.permute(1, 2, 0, 3).flatten(1, 2)  # (num_kv_heads, group * n, head_dim)
+        scores = rows @ k.transpose(1, 2) * scale  # (num_kv_heads, group * n, length)
+        if n > 1:
+            future = torch.ones(n, length, dtype=torch.bool, device=q.device).triu(length - n + 1)  # (n, length)
+            scores = scores.masked_fill(future.repeat(group, 1), -torch.inf)
+        result = scores.softmax(dim=-1) @ v  # (num_kv_heads, group * n, head_dim)
+        result = result.unflatten(1, (group, n)).permute(2, 0, 1, 3)  # (n, num_kv_heads, group, head_dim)
+        out[first:last] = result.flatten(1, 2).to(q.dtype)
+    return out
