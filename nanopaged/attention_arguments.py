@@ -19,7 +19,7 @@ def check_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache
     _check_cache("k", k, k_cache, v_cache)
     for name, rows in (("k", k), ("v", v)):
         _check(name, rows, (len(k), k_cache.shape[1], k_cache.shape[3]), k_cache)
-    _check("slots", slots, (len(k),), k_cache, torch.int64)
+    _check("slots", slots, (len(k),), k_cache, torch.int32)
 
 
 def check_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,

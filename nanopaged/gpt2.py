@@ -134,4 +134,4 @@ class GPT2(nn.Module):
                                           batch.max_query_len, scale)  # (T, n_head, head_dim)
             x = x + block.attn.c_proj(y.flatten(1))  # (T, n_embd)
             x = x + block.mlp(block.ln_2(x))
-        return F.linear(self.ln_f(x[batch.logits_rows]), self.wte.weight)
+        return F.linear(self.ln_f(x.index_select(0, batch.logits_rows)), self.wte.weight)

@@ -57,7 +57,7 @@ class KVCache:
     @staticmethod
     def _allocate(name: str, shape: tuple[int, ...], num_blocks: int, device: torch.device, dtype: torch.dtype,
                   pinned: bool = False) -> torch.Tensor:
-        require_int(name, num_blocks, 0, 2**31 - 1)  # block tables are int32
+        require_int(name, num_blocks, 0, 2**31 // shape[-2])  # slots are int32
         what = f"{num_blocks} blocks, {math.prod(shape) * dtype.itemsize / 2**20:.1f} MiB on {device}"
         logger.info("KV cache: %s: %s", name, what)
         try:

@@ -177,7 +177,7 @@ def _write_kv_kernel(
 ):
     """Program t copies token t, all its heads; argument layouts as in `write_kv_torch`."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)  # int64: an element's place in a large pool passes 2**31
+    slot = tl.load(slots + token).to(tl.int64)  # an element's place in a large pool passes 2**31
     heads = tl.arange(0, TILE_HEADS)[:, None]
     dims = tl.arange(0, HEAD_DIM)[None, :]
     real = (heads < NUM_KV_HEADS) & (dims < HEAD_DIM)  # (TILE_HEADS, HEAD_DIM)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nanopaged.batch import upload
 from nanopaged.request import Request
 
 
@@ -25,35 +26,38 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """One token for each row.
 
     `logits` is (num_rows, vocab_size), any float dtype; row i follows the wishes and the seed of
-    `requests[i]`. Reading the num_rows ids back is where the host waits for the device.
+    `requests[i]`. Reading the num_rows ids back is where the host waits for the device, and nowhere
+    else: what a draw needs goes up in one copy, and a fault in the logits comes down as an id, -1.
     """
     likeliest, token_ids = logits.max(dim=-1)  # (num_rows,)
-    if not likeliest.isfinite().all():
-        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or its dtype overflows")
     rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
     if rows:
-        vocab_size = logits.shape[1]
-        params = [requests[i].params for i in rows]
+        wishes = [requests[i].params for i in rows]
         draws = [uniform(requests[i].seed, requests[i].num_output_tokens) for i in rows]
-        token_ids[rows] = _draw(
-            logits[rows],
-            temperature=logits.new_tensor([p.temperature for p in params], dtype=torch.float32),
-            top_k=logits.new_tensor([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params],
-                                    dtype=torch.int64),
-            top_p=logits.new_tensor([p.top_p if p.top_p < 1 else torch.inf for p in params], dtype=torch.float32),
-            draws=logits.new_tensor(draws, dtype=torch.float64),
-        )
-    return token_ids.tolist()
+        vocab_size = logits.shape[1]
+        values = upload(torch.tensor([
+            rows,
+            [p.temperature for p in wishes],
+            [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in wishes],
+            [p.top_p if p.top_p < 1 else torch.inf for p in wishes],
+            draws,
+        ], dtype=torch.float64), logits.device)  # (5, rows): a double holds every one of them exactly
+        chosen = values[0].long()
+        token_ids = token_ids.index_copy(0, chosen, _draw(logits.index_select(0, chosen), *values[1:]))
+    token_ids = token_ids.masked_fill(~likeliest.isfinite(), -1).tolist()
+    if -1 in token_ids:
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or its dtype overflows")
+    return token_ids
 
 
 def _draw(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
           draws: torch.Tensor) -> torch.Tensor:
-    """Draws from each row's filtered distribution; every argument has an entry for each row."""
+    """Draws from each row's filtered distribution; the other arguments are float64, (rows,)."""
     # Every row is sorted, whether or not it is filtered: the order in which the probabilities are
     # added up decides which token a draw lands on, and must not depend on the row's neighbours.
     scores, ids = logits.float().sort(dim=-1, descending=True, stable=True)  # (rows, vocab)
     # Subtracting the maximum first keeps a tiny temperature from overflowing; the clamp, from 0 / 0.
-    scores = (scores - scores[:, :1]) / temperature.clamp(min=1e-6)[:, None]
+    scores = (scores - scores[:, :1]) / temperature.float().clamp(min=1e-6)[:, None]
     rank = torch.arange(scores.shape[1], device=scores.device)
     scores = scores.masked_fill(rank >= top_k[:, None], -torch.inf)
     # Summed in double: on a GPU the order of a sum may vary, and its rounding must not move a draw.

@@ -22,7 +22,7 @@ def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_ca
     Args:
         k, v: (num_tokens, num_kv_heads, head_dim), last dimension contiguous; the cache's dtype.
         k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous.
-        slots: (num_tokens,) int64, block id * block_size + place in the block; no slot twice.
+        slots: (num_tokens,) int32, block id * block_size + place in the block; no slot twice.
 
     Raises TypeError or ValueError for a dtype, shape, layout or device that does not fit.
     """

@@ -86,7 +86,7 @@ with instead_of_launching("sm_90") as launches:
                     for shift in (0, 1):
                         rows = torch.zeros(sum(query_lens), 6, 64, dtype=torch.float16)
                         q, k, v = rows.split(2, dim=1)
-                        slots = torch.zeros(len(q) + shift, dtype=torch.int64)[shift:]
+                        slots = int32([0] * len(q), shift)
                         write_kv_triton(k, v, k_cache, v_cache, slots)
                         starts = int32([0, *torch.tensor(query_lens).cumsum(0).tolist()], shift)
                         tables = int32([0] * (len(query_lens) * width), shift).view(-1, width)

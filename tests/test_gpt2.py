@@ -65,7 +65,7 @@ class Pool:
         """The step's logits: of the rows that are sampled, or of every row."""
         batch = Batch.from_step(Step(requests, num_tokens), BLOCK_SIZE, CPU)
         if every_row:
-            batch = replace(batch, logits_rows=torch.arange(len(batch.token_ids)))
+            batch.logits_rows = torch.arange(len(batch.token_ids))
         logits = self.model(batch, self.cache, TORCH)
         for request, n in zip(requests, num_tokens):
             request.num_computed_tokens += n

@@ -218,7 +218,7 @@ far = 2**31 // (2 * 8 * 16) + 1000
 pool = torch.empty(far + 2**19, 2, 8, 16, dtype=torch.float16, device="{device}")
 rng = torch.Generator().manual_seed(0)
 k, v, q = (torch.randn(1, 2, 16, generator=rng).half().to(pool.device) for _ in range(3))
-slots = torch.tensor([far * 8 + 3], device=pool.device)
+slots = torch.tensor([far * 8 + 3], dtype=torch.int32, device=pool.device)
 pool[far] = 0
 write_kv_triton(k, v, pool, pool, slots)
 assert torch.equal(pool[far, :, 3], v[0]) and pool[far].count_nonzero() == 32, "written elsewhere"
@@ -276,7 +276,7 @@ def test_writing_puts_each_token_into_its_slot_and_touches_nothing_else(write_kv
     k_cache, v_cache = torch.zeros(2, 4, 3, 8, 16, dtype=dtype, device=DEVICE)  # (num_blocks, heads, block_size, head_dim)
     qkv = torch.randn(5, 9, 16).to(DEVICE, dtype)
     k, v = qkv[:, 3:6], qkv[:, 6:9]  # views, as the model hands them over
-    slots = torch.tensor([31, 0, 9, 8, 30], device=DEVICE)
+    slots = torch.tensor([31, 0, 9, 8, 30], dtype=torch.int32, device=DEVICE)
     write_kv(k, v, k_cache, v_cache, slots)
     for cache, rows in ((k_cache, k), (v_cache, v)):
         by_slot = cache.transpose(1, 2).flatten(0, 1)  # (slots, heads, head_dim)
@@ -289,7 +289,7 @@ def test_writing_no_token_is_no_error() -> None:
     cache = torch.zeros(1, 1, 8, 16, device=DEVICE)
     empty = torch.zeros(0, 1, 16, device=DEVICE)
     for write_kv in (write_kv_torch, write_kv_triton):
-        write_kv(empty, empty, cache, cache, torch.zeros(0, dtype=torch.int64, device=DEVICE))
+        write_kv(empty, empty, cache, cache, torch.zeros(0, dtype=torch.int32, device=DEVICE))
 
 
 BAD = [  # (argument, what becomes of it, error, words)
@@ -329,13 +329,13 @@ def test_arguments_that_do_not_fit_are_named(attention, name: str, change, error
 @pytest.mark.parametrize("write_kv", [write_kv_torch, write_kv_triton])
 def test_rows_and_slots_that_do_not_fit_are_named(write_kv) -> None:
     cache = torch.zeros(2, 2, 8, 16, device=DEVICE)
-    rows, slots = torch.zeros(3, 2, 16, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    rows, slots = torch.zeros(3, 2, 16, device=DEVICE), torch.zeros(3, dtype=torch.int32, device=DEVICE)
     for k, v, where, error, words in (
         (rows[:, :1], rows, slots, ValueError, "k must have shape"),
         (rows, rows[:2], slots, ValueError, "v must have shape"),
         (rows, rows.half(), slots, TypeError, "v must be torch.float32"),
         (rows, rows, slots[:2], ValueError, "slots must have shape"),
-        (rows, rows, slots.int(), TypeError, "slots must be torch.int64"),
+        (rows, rows, slots.long(), TypeError, "slots must be torch.int32"),
     ):
         with pytest.raises(error, match=words):
             write_kv(k, v, cache, cache, where)

@@ -118,7 +118,7 @@ def engine_calls(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim
 
     def write() -> None:
         rows = torch.zeros(4, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)[:, num_heads:]
-        write_kv_triton(rows[:, :num_kv_heads], rows[:, num_kv_heads:], cache, cache, torch.zeros(4, dtype=torch.int64))
+        write_kv_triton(rows[:, :num_kv_heads], rows[:, num_kv_heads:], cache, cache, torch.zeros(4, dtype=torch.int32))
 
     return {"write": write, "prompt": lambda: attend(2, 80), "decode of many": lambda: attend(256, 1),
             "decode of few": lambda: attend(1, 1)}
