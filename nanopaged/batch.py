@@ -20,7 +20,7 @@ from nanopaged.scheduler import Step
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor's copy on `device`, for which nobody waits: pinned memory is read while Python goes on."""
+    """A CPU tensor's copy on `device`, for which nobody waits: a GPU reads pinned memory while Python goes on."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
@@ -78,5 +78,13 @@ class Batch:
                   for block in request.block_table + [0] * (width - len(request.block_table))]
         # Through an array, since torch.tensor takes three times as long to read a list.
         values = array("i", token_ids + positions + slots + query_start + seq_lens + logits_rows + tables)
-        return cls(upload(torch.frombuffer(values, dtype=torch.int32), device), len(token_ids), len(requests),
-                   len(logits_rows), max(step.num_tokens))
+        batch = cls(torch.frombuffer(values, dtype=torch.int32), len(token_ids), len(requests), len(logits_rows),
+                    max(step.num_tokens))
+        return batch.to(device)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(upload(self.flat, device), *self.sizes)
+
+    def refill(self, batch: Batch) -> None:
+        """Takes over another batch's values, of the same sizes and on the CPU, in the memory that it has."""
+        self.flat.copy_(batch.flat.pin_memory() if self.flat.is_cuda else batch.flat, non_blocking=True)

@@ -22,6 +22,7 @@ from nanopaged.admission import Policy, policy
 from nanopaged.batch import Batch
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.checkpoint import load_model
+from nanopaged.cuda_graphs import DecodeGraphs, is_decode, logits_bytes
 from nanopaged.gpt2 import GPT2
 from nanopaged.interrupts import uninterrupted
 from nanopaged.kv_cache import KVCache, block_bytes, free_bytes
@@ -65,6 +66,8 @@ class LLM:
         seed: seeds the requests that bring no seed of their own.
         tokenizer: for a GPT2 given as `model`. None: bytes if its vocabulary is 257, else prompts
             must be token ids and outputs have no text.
+        enforce_eager: launch every kernel of a decode step from Python, instead of replaying CUDA
+            graphs. Elsewhere than on CUDA with Triton nothing else is possible.
 
     Raises TypeError or ValueError for an argument that cannot be.
     """
@@ -74,7 +77,8 @@ class LLM:
                  gpu_memory_utilization: float = 0.9, max_model_len: int | None = None, max_num_seqs: int = 256,
                  max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True, watermark: float = 0.01,
                  admission: str | Policy = "watermark", max_waiting: int | None = None, preemption: str = "recompute",
-                 swap_blocks: int = 1024, seed: int = 0, tokenizer: Tokenizer | None = None) -> None:
+                 swap_blocks: int = 1024, seed: int = 0, tokenizer: Tokenizer | None = None,
+                 enforce_eager: bool = False) -> None:
         self.device = _resolve_device(device)
         self.dtype = _resolve_dtype(dtype, self.device)
         self.attention = _resolve_attention(attention, self.device)
@@ -92,6 +96,7 @@ class LLM:
             if value is not None:
                 require_int(name, value, 1)
         require_choice("enable_prefix_caching", enable_prefix_caching, (True, False))
+        require_choice("enforce_eager", enforce_eager, (True, False))
         require_int("max_num_seqs", max_num_seqs, 1)
         require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
         self.seed = require_seed("seed", seed)
@@ -109,10 +114,12 @@ class LLM:
             raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} ids, the model {config.vocab_size}: "
                              "they do not belong together")
         self.model.to(self.device, self.dtype)
+        use_graphs = self.device.type == "cuda" and self.attention is TRITON and not enforce_eager
 
         if num_blocks is None:
             room = free_bytes(config, self.device, self.dtype, gpu_memory_utilization, max_num_seqs,
                               max_num_batched_tokens)
+            room -= logits_bytes(config, self.dtype, max_num_seqs) if use_graphs else 0
             useful = max_num_seqs * -(-max_model_len // block_size)  # all seats taken, at full length
             num_blocks = min(useful, room // block_bytes(config, block_size, self.dtype))
             if num_blocks < 1:
@@ -121,6 +128,9 @@ class LLM:
         swap_blocks = swap_blocks if preemption == "swap" else 0
         self.kv_cache = KVCache(config, block_size, require_int("num_blocks", num_blocks, 1), swap_blocks, self.device,
                                 self.dtype)
+        self.graphs = None
+        if use_graphs:
+            self.graphs = DecodeGraphs(self.model, self.kv_cache.blocks, block_size, max_model_len, max_num_seqs)
         allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, max_model_len,
                                    policy(admission, watermark), swap_blocks, max_waiting)
@@ -173,8 +183,11 @@ class LLM:
         with uninterrupted():
             step = self.scheduler.schedule()
         self.kv_cache.carry_out(self.scheduler.moves)
-        batch = Batch.from_step(step, self.block_size, self.device)
-        logits = self.model(batch, self.kv_cache.blocks, self.attention)  # (num_sampled, vocab_size)
+        if self.graphs is not None and is_decode(step):
+            logits = self.graphs.forward(step)  # (num_sampled, vocab_size)
+        else:
+            batch = Batch.from_step(step, self.block_size, self.device)
+            logits = self.model(batch, self.kv_cache.blocks, self.attention)  # (num_sampled, vocab_size)
         sampled = step.sampled()
         token_ids = sample(logits, sampled)
         texts = [self._extended_text(request, token) for request, token in zip(sampled, token_ids)]

@@ -63,7 +63,7 @@ def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_c
     check_kernel_sizes(*k_cache.shape[2:])
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens:
-        with _device_of(k):
+        with device_of(k):
             _write_kv_kernel[(num_tokens,)](
                 k, v, k_cache, v_cache, slots,
                 k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
@@ -88,7 +88,7 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
     constants = dict(GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
                      TILE_KV=max(16, min(64, 8192 // (head_dim * q.element_size()))),  # 8 KiB of K
                      WIDEN=INTERPRETED and q.dtype == torch.bfloat16)  # its dot takes bfloat16's bits for integers
-    with _device_of(q):
+    with device_of(q):
         if max_query_len > 1 or num_tokens != num_requests:
             rows, tile_q = prompt_tile(group, q.element_size())
             # Request i's tiles begin at number query_start[i] // tile_q + i, or a little later than they could.
@@ -145,7 +145,7 @@ def _multiprocessors(device: torch.device) -> int:
     return 4  # in the interpreter: some number, small enough that a test meets both sides of the rule
 
 
-def _device_of(tensor: torch.Tensor) -> AbstractContextManager:
+def device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
