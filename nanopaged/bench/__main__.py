@@ -13,6 +13,7 @@ COMMANDS = {
     "kernel": "attention alone, beside contiguous attention and a plain copy of the same bytes",
     "compile": "what the compiler makes of the kernels, for GPUs that need not be there",
     "decode": "whole decode steps, with and without CUDA graphs, beside the memory floor",
+    "gpu": "kernel and decode, all that there is to say about a GPU",
     "scheduler": "the scheduler's cost for each token as queues, pools and caches grow",
     "engine": "the whole engine beside static batches, one request at a time, and the floor",
 }

@@ -1,0 +1,150 @@
+"""How close is paged attention to the speed of memory, and what does it cost that the blocks are scattered?
+
+For each shape: the time of our attention over scattered blocks, of torch's `scaled_dot_product_attention`
+over the same K and V laid out contiguously, and of a plain copy that moves as many bytes. Decoding reads
+each request's K and V once, so their bytes divided by the bandwidth of a large copy are its floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from nanopaged import report
+from nanopaged.bench.timing import copy_bandwidth, copy_seconds, device_name, num_input_sets, seconds
+from nanopaged.paged_attention import INTERPRETED, TORCH, TRITON, AttentionBackend
+from nanopaged.validation import require_int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch: `requests` contexts of `context` tokens, of which the last `queries` are computed."""
+
+    requests: int
+    queries: int
+    context: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * self.requests * self.context * self.kv_heads * self.head_dim * getattr(torch, self.dtype).itemsize
+
+
+GPU_SHAPES = [  # GPT-2 124M; a long context; grouped-query heads as in models of 8 billion parameters; prompts
+    *(Shape(requests, 1, 1024, 12, 12, 64, "float16") for requests in (1, 8, 64, 256)),
+    Shape(256, 1, 200, 12, 12, 64, "float16"),
+    Shape(256, 1, 1024, 12, 12, 64, "bfloat16"),
+    Shape(256, 1, 1024, 12, 12, 64, "float32"),
+    Shape(1, 1, 65536, 12, 12, 64, "float16"),
+    Shape(1, 1, 65536, 32, 8, 128, "float16"),
+    Shape(64, 1, 4096, 32, 8, 128, "float16"),
+    Shape(64, 1, 4096, 32, 32, 128, "float16"),
+    Shape(8, 1024, 1024, 12, 12, 64, "float16"),
+    Shape(1, 2048, 8192, 32, 8, 128, "float16"),
+]
+CPU_SHAPES = [
+    *(Shape(requests, 1, 120, 12, 12, 64, "float32") for requests in (1, 8, 64)),
+    Shape(4, 1, 1024, 12, 12, 64, "float32"),
+    Shape(4, 1, 1024, 12, 2, 64, "float32"),
+    Shape(1, 256, 256, 12, 12, 64, "float32"),
+]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times in seconds; `share` of the bandwidth that a large copy reaches."""
+
+    shape: Shape
+    paged_s: float
+    contiguous_s: float
+    copy_s: float
+    share: float
+
+
+def measure(shape: Shape, block_size: int, attention: AttentionBackend, device: torch.device,
+            bandwidth: float) -> Timing:
+    """Random data, several sets of it in turn. Raises RuntimeError if the two attentions differ."""
+    dtype, rng = getattr(torch, shape.dtype), torch.Generator(device).manual_seed(0)
+    blocks_each = -(-shape.context // block_size)
+    num_blocks, scale = shape.requests * blocks_each, shape.head_dim**-0.5
+    starts = torch.arange(shape.requests + 1, dtype=torch.int32, device=device) * shape.queries
+    lengths = torch.full((shape.requests,), shape.context, dtype=torch.int32, device=device)
+    allowed = None  # a chunk at the end of a longer context is causal against its end, which is_causal is not
+    if 1 < shape.queries < shape.context:
+        allowed = torch.ones(shape.queries, shape.context, dtype=torch.bool, device=device)
+        allowed = allowed.tril(shape.context - shape.queries)  # (queries, context)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=rng, device=device, dtype=torch.float32).to(dtype)
+
+    paged, contiguous = [], []
+    for _ in range(num_input_sets(shape.kv_bytes)):
+        q = random(shape.requests * shape.queries, shape.heads, shape.head_dim)
+        k_cache, v_cache = (random(num_blocks, shape.kv_heads, block_size, shape.head_dim) for _ in range(2))
+        tables = torch.randperm(num_blocks, generator=rng, device=device).int().view(shape.requests, blocks_each)
+        k, v = (cache[tables.long()].transpose(2, 3).flatten(1, 2)[:, : shape.context].transpose(1, 2).contiguous()
+                for cache in (k_cache, v_cache))  # (requests, kv_heads, context, head_dim)
+        rows = q.view(shape.requests, shape.queries, shape.heads, shape.head_dim).transpose(1, 2).contiguous()
+        paged.append(lambda q=q, k=k_cache, v=v_cache, tables=tables: attention.paged_attention(
+            q, k, v, tables, starts, lengths, shape.queries, scale))
+        contiguous.append(lambda q=rows, k=k, v=v: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=allowed is None and shape.queries > 1,
+            enable_gqa=shape.heads != shape.kv_heads))
+    ours = paged[0]().view(shape.requests, shape.queries, shape.heads, shape.head_dim).transpose(1, 2)
+    difference = (ours.float() - contiguous[0]().float()).abs().max().item()
+    if not difference < {"float32": 1e-4, "float16": 5e-3, "bfloat16": 4e-2}[shape.dtype]:
+        raise RuntimeError(f"paged and contiguous attention differ by {difference} for {shape}")
+    paged_s = seconds(paged, device)
+    return Timing(shape, paged_s, seconds(contiguous, device), copy_seconds(shape.kv_bytes, device),
+                  shape.kv_bytes / paged_s / bandwidth)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--block-size", type=int, default=16, help="tokens in a block; 16 unless told")
+    parser.add_argument("--shape", action="append", metavar="REQUESTS,QUERIES,CONTEXT,HEADS,KV_HEADS,HEAD_DIM,DTYPE",
+                        help="a batch to measure, such as 8,1,1024,12,12,64,float16; may be repeated")
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    require_int("--block-size", args.block_size, 8, 256)
+    shapes = [parse_shape(text) for text in args.shape or ()] or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
+    attention = TRITON if device.type == "cuda" and not INTERPRETED else TORCH
+    bandwidth = copy_bandwidth(device)
+    print(f"On {device_name(device)}; a large copy moves {bandwidth / 1e9:,.0f} GB/s, read and written.")
+    if attention is TORCH:
+        print("There is no CUDA device: ours is the torch path, which gathers each context; the kernels need a GPU.")
+    timings = []
+    for i, shape in enumerate(shapes):
+        report.show_progress(f"{i} of {len(shapes)} shapes")
+        try:
+            timings.append(measure(shape, args.block_size, attention, device, bandwidth))
+        except torch.OutOfMemoryError:
+            print(f"There is no memory on {device_name(device)} for {shape}.")
+    report.show_progress("")
+    print(report.table(
+        ["requests", "queries", "context", "heads", "kv heads", "head dim", "dtype", "paged us", "contiguous us",
+         "paged / contiguous", "copy us", "share of copy bandwidth"],
+        [[*asdict(t.shape).values(), t.paged_s * 1e6, t.contiguous_s * 1e6, t.paged_s / t.contiguous_s, t.copy_s * 1e6,
+          f"{t.share:.0%}" if t.shape.queries == 1 else None] for t in timings]))
+    print("\npaged / contiguous: 1 if scattering the blocks cost nothing; lower is better. The paper's kernel took 1.20"
+          "\nto 1.26 (section 7.1). copy: a plain copy moving the same bytes. share: K's and V's bytes by paged's time,"
+          "\nof a large copy's bandwidth; 100% is the floor. Prompts are bound by arithmetic, and have no share.")
+    return {"device": device_name(device), "copy_bytes_per_s": bandwidth, "timings": [asdict(t) for t in timings]}
+
+
+def parse_shape(text: str) -> Shape:
+    *numbers, dtype = text.split(",")
+    if len(numbers) != 6 or not all(n.isdecimal() and int(n) for n in numbers) or dtype not in ("float32", "float16",
+                                                                                               "bfloat16"):
+        raise ValueError(f"--shape takes six positive numbers and a dtype, such as 8,1,1024,12,12,64,float16, got {text!r}")
+    shape = Shape(*map(int, numbers), dtype)
+    if shape.queries > shape.context or shape.heads % shape.kv_heads:
+        raise ValueError(f"--shape needs queries <= context and kv heads that divide the heads, got {text!r}")
+    return shape
