@@ -94,7 +94,8 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
             # Request i's tiles begin at number query_start[i] // tile_q + i, or a little later than they could.
             _prompt_kernel[(num_tokens // tile_q + num_requests, num_kv_heads)](
                 *inputs, out, query_start, num_requests, TILE_Q=tile_q, TILE_ROWS=rows, **constants,
-                num_stages=2, num_warps=8 if head_dim > 128 else 4)  # what fits the registers, see docs/kernel.md
+                # What fits the registers: docs/kernel.md has the compiler's figures.
+                num_stages=2 if q.element_size() == 2 else 3, num_warps=4 if head_dim <= 128 else 8)
             return out
         longest = block_tables.shape[1] * block_size  # what the tables have room for; lengths are the device's to know
         tokens = split_tokens(num_requests * num_kv_heads, longest, _multiprocessors(q.device))
