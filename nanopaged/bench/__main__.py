@@ -13,6 +13,7 @@ COMMANDS = {
     "kernel": "attention alone, beside contiguous attention and a plain copy of the same bytes",
     "decode": "whole decode steps, with and without CUDA graphs, beside the memory floor",
     "scheduler": "the scheduler's cost for each token as queues, pools and caches grow",
+    "cost": "what a step costs, fitted to real steps: the simulator's constants",
     "engine": "the whole engine beside static batches, one request at a time, and the floor",
 }
 
