@@ -3,7 +3,7 @@
 Repeats Figure 2 of the vLLM paper (Kwon et al., SOSP 2023) with the real scheduler and no model. The
 defaults are the paper's: 15,700 slots of KV memory and contexts of at most 2,048 tokens, its OPT-13B on an
 A100 with 40 GB. Requests arrive faster than any of the servers can answer, so that memory is what limits
-them all; lower --rate to see the latencies of a server that keeps up.
+them all; lower --rate to see the latencies of servers that keep up.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from nanopaged.report import main, show_progress, table
 from nanopaged.simulator import Clock, PagedServer, Result, Server, StepCost, Trace, TraceSummary, simulate, summarize
 from nanopaged.validation import require_int
 
-RATES = {"sharegpt": 0.4, "alpaca": 7.5}  # arrivals a second: about three times what the default StepCost can serve
+# Arrivals a second: about three times what can be served in steps of the default StepCost.
+RATES = {"sharegpt": 0.4, "alpaca": 7.5}
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-POOL_SHARES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+POOL_SHARES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     requests.add_argument("--dataset", choices=sorted(traces.DATASETS), default="sharegpt",
                           help="whose length statistics to draw from (default: %(default)s)")
     requests.add_argument("--requests", type=int, default=2000, help="how many (default: %(default)s)")
-    requests.add_argument("--rate", type=float, help=f"Poisson arrivals a second (default: by dataset, {RATES})")
-    requests.add_argument("--shared-prefix", type=float, default=0.0, metavar="SHARE",
-                          help="share of each prompt that is one of 8 common beginnings (default: %(default)s)")
+    requests.add_argument("--rate", type=float, help="Poisson arrivals a second (default: by dataset, "
+                          f"{', '.join(f'{name} {rate:g}' for name, rate in RATES.items())}; "
+                          "a quarter of that for --sweep pool, so that a pool can be large enough)")
+    requests.add_argument("--shared-prefix", type=float, metavar="SHARE", help="share of each prompt that is one of "
+                          f"{traces.NUM_SHARED_PREFIXES} common beginnings (default: 0; 0.5 for --sweep block-size)")
     requests.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     requests.add_argument("--trace", metavar="FILE", help="a trace of your own instead: one JSON object a line, such as "
                           '{"arrival_s": 0.25, "prompt": 161, "output_tokens": 338}, where prompt may also be a list '
@@ -83,8 +86,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def chosen_trace(args: argparse.Namespace) -> Trace:
     if args.trace:
         return partial(traces.read, args.trace, args.max_model_len)
-    rate = RATES[args.dataset] if args.rate is None else args.rate
-    return partial(traces.generate, traces.DATASETS[args.dataset], args.requests, rate, args.max_model_len,
+    if args.rate is None:
+        args.rate = RATES[args.dataset] / (4 if args.sweep == "pool" else 1)
+    if args.shared_prefix is None:
+        args.shared_prefix = 0.5 if args.sweep == "block-size" else 0.0
+    return partial(traces.generate, traces.DATASETS[args.dataset], args.requests, args.rate, args.max_model_len,
                    args.shared_prefix, args.seed)
 
 
@@ -153,7 +159,7 @@ def sweep_block_size(args: argparse.Namespace, timed: Timed) -> dict[str, object
 
 
 def sweep_pool(args: argparse.Namespace, timed: Timed) -> dict[str, object]:
-    """Where does the storm begin? The pool from a quarter of --slots to four times as many."""
+    """Where does the storm begin? The same requests, in pools from 0.15 to 2 times --slots."""
     rows, figures = [], {}
     for share in POOL_SHARES:
         slots = int(args.slots * share)
