@@ -83,6 +83,12 @@ class Server(Protocol):
 class PagedServer(Scheduler):
     """The engine's scheduler, with its memory counted as the baselines count theirs."""
 
+    def schedule(self) -> Step:
+        """As the engine's. Blocks have no contents here, so their moves are done as soon as they are planned."""
+        step = super().schedule()
+        self.moves.clear()
+        return step
+
     def memory(self, writing: int, refused: bool) -> MemoryUse:
         """What the slots hold during a step; O(1). A shared block counts once, a cached one as free.
 
