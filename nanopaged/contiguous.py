@@ -112,8 +112,8 @@ class ContiguousScheduler:
         """Puts a request at the end of the queue. Raises ValueError where it could never run."""
         reserved = self._reserved_slots(request)
         if reserved > self.allocator.num_slots or request.max_length > self.max_model_len:
-            raise ValueError(f"the request can never fit: it reserves {reserved} slots of {self.allocator.num_slots}, and "
-                             f"has {request.max_length} tokens with max_model_len={self.max_model_len}")
+            raise ValueError(f"the request can never fit: it reserves {reserved} slots of {self.allocator.num_slots}, "
+                             f"and has {request.max_length} tokens with max_model_len={self.max_model_len}")
         self.waiting[request.request_id] = request
         request.metrics.arrival_time = request.waiting_since = self.clock()
 

@@ -29,6 +29,52 @@ RATES = {"sharegpt": 0.4, "alpaca": 7.5}
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 POOL_SHARES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 
+COLUMNS: dict[str, Callable[[Result], object]] = {
+    "tokens": lambda result: f"{result.memory['tokens']:.1%}",
+    "reserved": lambda result: f"{result.memory['reserved']:.1%}",
+    "internal": lambda result: f"{result.memory['internal']:.1%}",
+    "external": lambda result: f"{result.memory['external']:.1%}",
+    "free": lambda result: f"{result.memory['free']:.1%}",
+    "batch": lambda result: result.average_batch,
+    "tokens/s": lambda result: result.tokens_per_s,
+    "TTFT p50 s": lambda result: result.ttft_p50_s,
+    "TTFT p99 s": lambda result: result.ttft_p99_s,
+    "TBT p50 s": lambda result: result.tbt_p50_s,
+    "TBT p99 s": lambda result: result.tbt_p99_s,
+    "preemptions": lambda result: result.counts.num_preemptions,
+    "storms": lambda result: result.counts.num_storms,
+    "goodput": lambda result: result.goodput,
+    "prefix hits": lambda result: f"{result.hit_share:.1%}",
+    "table entries": lambda result: result.average_table,
+}
+MEMORY = ["tokens", "reserved", "internal", "external", "free"]
+LATENCY = ["TTFT p50 s", "TTFT p99 s", "TBT p50 s", "TBT p99 s"]
+READ_MEMORY = """\
+Shares of all KV memory, averaged over the time in which requests arrive. `tokens`: K and V of computed tokens;
+higher is better, and 100% the ceiling. `reserved`: for tokens that a request will still generate. `internal`: held,
+and never used. `external`: free, but refused to a request that waits. `free`: wanted by nobody. The paper's Figure 2
+has 96.3% in `tokens` for paged, and 20.4% for max, 26.8% for pow2, 38.2% for oracle."""
+READ_SPEED = """\
+`batch`: requests in a step; `tokens/s`: generated; higher is better. TTFT, time to first token, and TBT, time between
+tokens: lower is better. `goodput`: share of the computed tokens that were computed for the first time; below 1 the
+pool let in more than it could hold, and `preemptions` threw work away."""
+READ_BLOCK_SIZE = """\
+Small blocks waste less and share more, large ones need short block tables. `internal`: the unfilled ends of blocks,
+as a share of all KV memory; lower is better. `prefix hits`: share of prompt tokens found in the pool; higher is
+better. `table entries`: length of a request's block table; lower is better."""
+READ_POOL = """\
+Where does the storm begin? `storms`: how often goodput over 64 steps fell below 0.8 (storm.py); fewer are better.
+`goodput`: share of the computed tokens that were computed for the first time; 1 is the ceiling. TTFT: time to first
+token, lower is better. `tokens`: share of that row's memory."""
+TABLES = {  # by what is swept: (what a row is, columns, how to read them)
+    None: [("server", MEMORY, READ_MEMORY),
+           ("server", ["batch", "tokens/s", *LATENCY, "preemptions", "goodput"], READ_SPEED)],
+    "block-size": [("block size", ["internal", "prefix hits", "table entries", "tokens", "batch", "tokens/s"],
+                    READ_BLOCK_SIZE)],
+    "pool": [("slots", ["tokens", "batch", "tokens/s", "TTFT p50 s", "TTFT p99 s", "preemptions", "storms", "goodput"],
+              READ_POOL)],
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost = StepCost()
@@ -42,9 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     requests.add_argument("--shared-prefix", type=float, metavar="SHARE", help="share of each prompt that is one of "
                           f"{traces.NUM_SHARED_PREFIXES} common beginnings (default: 0; 0.5 for --sweep block-size)")
     requests.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    requests.add_argument("--trace", metavar="FILE", help="a trace of your own instead: one JSON object a line, such as "
-                          '{"arrival_s": 0.25, "prompt": 161, "output_tokens": 338}, where prompt may also be a list '
-                          "of token ids")
+    requests.add_argument("--trace", metavar="FILE", help="a trace of your own instead: one JSON object a line, as in "
+                          '{"arrival_s": 0.25, "prompt": 161, "output_tokens": 338}; prompt may be a list of token ids')
     server = parser.add_argument_group("servers")
     server.add_argument("--servers", nargs="+", choices=["paged", *RESERVATIONS], default=["paged", *RESERVATIONS],
                         metavar="NAME", help="of paged, max, pow2, oracle (default: all)")
@@ -57,8 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     paged.add_argument("--admission", choices=["watermark", "reserve", "greedy"], default="watermark",
                        help="whom to let in, see admission.py (default: %(default)s)")
     paged.add_argument("--watermark", type=float, default=0.01, help="share of blocks kept free (default: %(default)s)")
-    paged.add_argument("--swap-blocks", type=int, default=0,
-                       help="in CPU memory, for preempted requests; their copying costs no time here (default: %(default)s)")
+    paged.add_argument("--swap-blocks", type=int, default=0, help="in CPU memory, for preempted requests; "
+                       "their copying costs no time here (default: %(default)s)")
     paged.add_argument("--sweep", choices=["block-size", "pool"], help="instead: paging alone, over many of these")
     seconds = parser.add_argument_group("seconds of a step, see StepCost")
     seconds.add_argument("--fixed-s", type=float, default=cost.fixed_s, help="(default: %(default)s)")
@@ -67,20 +112,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Runs what was asked for, prints its table, and returns its figures."""
+    """Runs what was asked for, prints its tables, and returns its figures."""
     logging.getLogger("nanopaged.storm").setLevel(logging.ERROR)  # storms are provoked here, and counted
     cost = StepCost(args.fixed_s, args.per_token_s, args.per_kv_token_s)
     require_int("slots", args.slots, 1)
     require_int("block_size", args.block_size, 1, args.slots)
     trace = chosen_trace(args)
-    summary = summarize(trace)
-    print(f"{summary.requests:,} requests of {summary.mean_prompt:.0f} prompt and {summary.mean_output:.0f} output tokens "
-          f"on average, in {summary.last_arrival_s:,.0f} s; {args.slots:,} slots of KV memory.\n"
+    start, summary = time.perf_counter(), summarize(trace)
+    results = {label: run_server(args, label, *server, trace, summary, cost)
+               for label, server in chosen_servers(args).items()}
+    wall_s = time.perf_counter() - start
+    show_progress("")
+    print(f"{summary.requests:,} requests in {summary.last_arrival_s:,.0f} s, of {summary.mean_prompt:.0f} prompt and "
+          f"{summary.mean_output:.0f} output tokens on average; {args.slots:,} slots of KV memory, one a token.\n"
           f"A step takes {cost.fixed_s * 1e3:g} ms, and {cost.per_token_s * 1e3:g} ms for each token computed, and "
-          f"{cost.per_kv_token_s * 1e3:g} ms for each token of context read.\n")
-    show = {None: compare, "block-size": sweep_block_size, "pool": sweep_pool}[args.sweep]
-    results = show(args, partial(timed, trace, summary, cost))
-    return {"trace": summary._asdict(), "step_cost": asdict(cost), "results": results}
+          f"{cost.per_kv_token_s * 1e3:g} ms for each token of context read.\nSimulated in {wall_s:.1f} s.")
+    for rows, columns, explanation in TABLES[args.sweep]:
+        cells = [[label, *(COLUMNS[column](result) for column in columns)] for label, result in results.items()]
+        print(f"\n{table([rows, *columns], cells)}\n\n{explanation}")
+    return {"trace": summary._asdict(), "step_cost": asdict(cost), "wall_s": wall_s,
+            "results": {label: asdict(result) for label, result in results.items()}}
 
 
 def chosen_trace(args: argparse.Namespace) -> Trace:
@@ -94,87 +145,34 @@ def chosen_trace(args: argparse.Namespace) -> Trace:
                    args.shared_prefix, args.seed)
 
 
+def chosen_servers(args: argparse.Namespace) -> dict[str | int, tuple[str, int, int]]:
+    """What to run, by the first cell of its row: (name, slots, block size)."""
+    if args.sweep == "block-size":
+        return {size: ("paged", args.slots, size) for size in BLOCK_SIZES}
+    if args.sweep == "pool":
+        return {int(share * args.slots): ("paged", int(share * args.slots), args.block_size) for share in POOL_SHARES}
+    return {name: (name, args.slots, args.block_size) for name in args.servers}
+
+
+def run_server(args: argparse.Namespace, label: str | int, name: str, slots: int, block_size: int, trace: Trace,
+               summary: TraceSummary, cost: StepCost) -> Result:
+    """One server, from empty to empty."""
+    clock, start = Clock(), time.perf_counter()
+
+    def progress(finished: int) -> None:
+        show_progress(f"{label}: {finished:,} of {summary.requests:,} requests, {time.perf_counter() - start:.0f} s")
+
+    server = make_server(args, name, clock, slots, block_size)
+    return simulate(trace, summary.last_arrival_s, server, clock, cost, progress)
+
+
 def make_server(args: argparse.Namespace, name: str, clock: Clock, slots: int, block_size: int) -> Server:
     """An empty server: "paged", or one of `RESERVATIONS`."""
     limits = args.max_num_seqs, args.max_num_batched_tokens, args.max_model_len
     if name == "paged":
         return PagedServer(BlockAllocator(slots // block_size, block_size), *limits,
                            policy(args.admission, args.watermark), args.swap_blocks, clock=clock)
-    return ContiguousScheduler(ContiguousAllocator(slots), RESERVATIONS[name], *limits, clock=clock)
-
-
-Timed = Callable[[str, Callable[[Clock], Server]], tuple[Result, dict[str, object]]]
-
-
-def timed(trace: Trace, summary: TraceSummary, cost: StepCost, name: str,
-          make: Callable[[Clock], Server]) -> tuple[Result, dict[str, object]]:
-    """One server's run: its result, and the same as plain figures, with the real seconds that it took."""
-    clock, start = Clock(), time.perf_counter()
-
-    def progress(finished: int) -> None:
-        show_progress(f"{name}: {finished:,} of {summary.requests:,} requests, {time.perf_counter() - start:.0f} s")
-
-    result = simulate(trace, summary.last_arrival_s, make(clock), clock, cost, progress)
-    return result, {**asdict(result), "wall_s": time.perf_counter() - start}
-
-
-def compare(args: argparse.Namespace, timed: Timed) -> dict[str, object]:
-    """Figure 2, and what it means for the users."""
-    rows, figures = [], {}
-    for name in args.servers:
-        result, figures[name] = timed(name, lambda clock: make_server(args, name, clock, args.slots, args.block_size))
-        rows.append((name, result))
-    show_progress("")
-    print("Share of all KV memory, averaged over the time in which requests arrive:\n")
-    print(table(["server", "tokens", "reserved", "internal", "external", "free"],
-                [[name, *(f"{share:.1%}" for share in result.memory.values())] for name, result in rows]))
-    print("\n`tokens` holds computed K and V: higher is better, 100% is the ceiling. `reserved` waits for tokens that its\n"
-          "request will still generate, `internal` is never used, `external` is free but was refused to a request that\n"
-          "waits, `free` is wanted by nobody.\n")
-    print(table(["server", "batch", "tokens/s", "first token p50 s", "p99 s", "between tokens p50 s", "p99 s", "preemptions",
-                 "goodput", "seconds to simulate"],
-                [[name, result.average_batch, result.tokens_per_s, result.ttft_p50_s, result.ttft_p99_s, result.tbt_p50_s,
-                  result.tbt_p99_s, result.counts.num_preemptions, result.goodput, figures[name]["wall_s"]]
-                 for name, result in rows]))
-    print("\nA larger `batch` and more generated `tokens/s` are better, and shorter times. `goodput` is the share of computed\n"
-          "tokens that were computed for the first time: below 1 the pool let in more than it could hold.")
-    return figures
-
-
-def sweep_block_size(args: argparse.Namespace, timed: Timed) -> dict[str, object]:
-    """Small blocks waste less and share more; large ones make short block tables."""
-    rows, figures = [], {}
-    for size in BLOCK_SIZES:
-        result, figures[str(size)] = timed(f"blocks of {size}",
-                                           lambda clock: make_server(args, "paged", clock, args.slots, size))
-        rows.append([size, args.slots // size, f"{result.memory['tokens']:.1%}", f"{result.memory['internal']:.1%}",
-                     f"{result.hit_share:.1%}", result.average_table, result.average_batch, result.tokens_per_s,
-                     result.counts.num_preemptions, result.goodput])
-    show_progress("")
-    print(table(["block size", "blocks", "tokens", "internal waste", "prompt tokens shared", "table entries", "batch",
-                 "tokens/s", "preemptions", "goodput"], rows))
-    print("\n`tokens`, `shared`, `batch`, `tokens/s`, `goodput`: higher is better. `internal waste`, the unfilled ends of blocks, as\n"
-          "a share of all KV memory, and `table entries`, the length of a request's block table: lower is better.")
-    return figures
-
-
-def sweep_pool(args: argparse.Namespace, timed: Timed) -> dict[str, object]:
-    """Where does the storm begin? The same requests, in pools from 0.15 to 2 times --slots."""
-    rows, figures = [], {}
-    for share in POOL_SHARES:
-        slots = int(args.slots * share)
-        result, figures[str(slots)] = timed(f"{slots:,} slots",
-                                            lambda clock: make_server(args, "paged", clock, slots, args.block_size))
-        counts = result.counts
-        rows.append([slots, slots // args.block_size, f"{result.memory['tokens']:.1%}", result.average_batch,
-                     result.tokens_per_s, result.ttft_p50_s, result.ttft_p99_s, counts.num_preemptions, counts.num_storms,
-                     result.goodput])
-    show_progress("")
-    print(table(["slots", "blocks", "tokens", "batch", "tokens/s", "first token p50 s", "p99 s", "preemptions", "storms",
-                 "goodput"], rows))
-    print("\nA storm begins when goodput over 64 steps falls below 0.8 (storm.py): fewer are better. The other columns as\n"
-          "without --sweep; `tokens` is a share of that row's memory.")
-    return figures
+    return ContiguousScheduler(ContiguousAllocator(slots), RESERVATIONS[name], *limits, clock)
 
 
 if __name__ == "__main__":

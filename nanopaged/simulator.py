@@ -205,7 +205,7 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
         step = server.schedule()
         sampled, computed = step.sampled(), sum(step.num_tokens)
         seconds = cost.seconds(computed, computed + sum([request.num_computed_tokens for request in step.requests]))
-        if clock.now < (measure_until_s or math.inf):
+        if clock.now <= (measure_until_s or math.inf):
             refused = bool(server.waiting) and step.budget > 0 and len(server.running) < server.max_num_seqs
             averages.add(seconds, server.memory(computed, refused), len(step.requests),
                          sum([len(request.block_table) for request in step.requests]), len(sampled))
@@ -239,7 +239,7 @@ def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, now: f
     slots, seconds = sum(averages.memory), averages.seconds
     return Result(
         memory={name: share / slots for name, share in zip(MemoryUse._fields, averages.memory)},
-        average_batch=averages.requests / seconds, average_table=averages.table_entries / max(averages.requests, seconds),
+        average_batch=averages.requests / seconds, average_table=averages.table_entries / averages.requests,
         tokens_per_s=averages.output_tokens / seconds, ttft_p50_s=first_tokens.percentile(50),
         ttft_p99_s=first_tokens.percentile(99), tbt_p50_s=gaps.percentile(50), tbt_p99_s=gaps.percentile(99),
         simulated_s=now, goodput=1 - stats.recomputed_tokens / stats.computed_tokens,

@@ -53,8 +53,8 @@ class Lengths:
 
     def __init__(self, mean: float, sigma: float, limit: int) -> None:
         if not 1 <= mean <= 0.9 * limit:
-            raise ValueError(f"lengths of {mean:g} tokens on average cannot be drawn with at most {limit} each, half of "
-                             f"max_model_len: raise max_model_len to {math.ceil(2 * mean / 0.9)} at least")
+            raise ValueError(f"lengths of {mean:g} tokens on average cannot be drawn with at most {limit} each, half "
+                             f"of max_model_len: raise max_model_len to {math.ceil(2 * mean / 0.9)} at least")
         self.sigma, self.limit = sigma, limit
         low, high = math.log(mean) - sigma**2, math.log(limit) + 10 * sigma
         for _ in range(60):  # the mean after limiting rises with mu: bisection
@@ -149,6 +149,7 @@ def _parse(line: bytes, number: int, max_model_len: int) -> TraceRequest:
     if length == 0:
         raise ValueError("prompt has no tokens: at least one is needed")
     if length + output_tokens > max_model_len:
-        raise ValueError(f"{length} prompt and {output_tokens} output tokens are more than max_model_len={max_model_len}")
+        raise ValueError(f"{length} prompt and {output_tokens} output tokens are more than max_model_len="
+                         f"{max_model_len}")
     # Negative, so that no token id that a file can name is like it.
     return TraceRequest(arrival_s, prompt if isinstance(prompt, list) else [-number] * length, output_tokens)

@@ -24,8 +24,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_bench, "FACTORS", (1, 3))
 
 
-@pytest.mark.parametrize("arguments", [[], ["no such command"], ["scheduler", "--no-such-flag"], ["scheduler", "--rounds", "x"]])
-def test_what_is_not_a_command_or_a_flag_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("arguments", [[], ["no such command"], ["scheduler", "--no-such-flag"],
+                                       ["scheduler", "--rounds", "x"]])
+def test_what_is_no_command_and_no_flag_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     assert run(*arguments) == 2
     assert "usage: python -m nanopaged.bench" in capsys.readouterr().err
 
@@ -33,10 +34,12 @@ def test_what_is_not_a_command_or_a_flag_ends_with_status_2(arguments: list[str]
 @pytest.mark.parametrize("arguments, message", [(["--rounds", "0"], "rounds must be at least 1"),
                                                 (["--steps", "500"], "steps must be from 1 to 184"),
                                                 (["--json", "no/such/folder/file"], "no/such/folder/file")])
-def test_bad_values_get_one_line_and_status_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+def test_bad_values_get_one_line_and_status_2(arguments: list[str], message: str,
+                                              capsys: pytest.CaptureFixture) -> None:
     assert run("scheduler", *arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("python -m nanopaged.bench scheduler: error: ") and error.count("\n") == 1 and message in error
+    assert error.startswith("python -m nanopaged.bench scheduler: error: ") and message in error
+    assert error.count("\n") == 1
 
 
 def test_every_command_has_a_module_of_its_name() -> None:

@@ -98,9 +98,9 @@ def test_pow2_reserves_the_next_power_of_two_of_the_output(output: int, reserved
 class Server:
     """A contiguous scheduler with its requests, stepped by hand."""
 
-    def __init__(self, reservation: str, slots: int, seats: int = 8, budget: int = 100, max_model_len: int = 20) -> None:
+    def __init__(self, reservation: str, slots: int, seats: int = 8, budget: int = 100) -> None:
         self.scheduler = ContiguousScheduler(ContiguousAllocator(slots), RESERVATIONS[reservation], seats, budget,
-                                             max_model_len, clock=lambda: 0.0)
+                                             max_model_len=20, clock=lambda: 0.0)
         self.ids = count()
 
     def add(self, prompt: int, output: int) -> Request:
@@ -111,7 +111,8 @@ class Server:
     def step(self) -> MemoryUse:
         """The memory during the step, as `simulate` looks at it."""
         step = self.scheduler.schedule()
-        refused = bool(self.scheduler.waiting) and step.budget > 0 and len(self.scheduler.running) < self.scheduler.max_num_seqs
+        seat_left = len(self.scheduler.running) < self.scheduler.max_num_seqs
+        refused = bool(self.scheduler.waiting) and step.budget > 0 and seat_left
         memory = self.scheduler.memory(sum(step.num_tokens), refused)
         self.scheduler.update(step, [0] * len(step.sampled()))
         return memory
@@ -209,4 +210,5 @@ def test_every_slot_is_counted_once_whatever_happens(reservation: str, seed: int
     while server.scheduler.has_unfinished():
         server.step()
     assert [r.num_output_tokens for r in requests] == [r.params.max_tokens for r in requests], f"seed {seed}"
-    assert server.scheduler.memory(0, False) == MemoryUse(0, 0, 0, 0, 60) and server.scheduler.allocator.gaps == [(0, 60)]
+    assert server.scheduler.memory(0, False) == MemoryUse(0, 0, 0, 0, 60)
+    assert server.scheduler.allocator.gaps == [(0, 60)]

@@ -34,7 +34,8 @@ def paged(clock: Clock, num_blocks: int, block_size: int = 4, seats: int = 8, **
 
 def fixed(*requests: tuple[float, int, int]) -> Trace:
     """A trace of (arrival, prompt length, output length)."""
-    return lambda: iter([TraceRequest(arrival, [i] * prompt, output) for i, (arrival, prompt, output) in enumerate(requests)])
+    return lambda: iter([TraceRequest(arrival, [i] * prompt, output)
+                         for i, (arrival, prompt, output) in enumerate(requests)])
 
 
 def small_trace(seed: int, num_requests: int = 60) -> Trace:
@@ -87,9 +88,15 @@ def test_idle_time_is_skipped_and_counts_as_free_memory() -> None:
     assert result.memory["tokens"] == pytest.approx((3 + 4) / 8 / 10) and result.average_batch == pytest.approx(0.2)
 
 
+def test_a_trace_of_one_request_has_averages_too() -> None:
+    clock, trace = Clock(), fixed((5.0, 3, 2))
+    result = serve(trace, summarize(trace).last_arrival_s, paged(clock, 8), clock, SECOND)
+    assert result.average_table == 1 and result.tbt_p50_s == pytest.approx(1.0, rel=0.01) and result.simulated_s == 7
+
+
 def test_averages_end_where_they_are_told_to() -> None:
     clock = Clock()
-    result = serve(fixed((0.0, 4, 8)), 2.0, paged(clock, 4), clock, SECOND)
+    result = serve(fixed((0.0, 4, 8)), 1.5, paged(clock, 4), clock, SECOND)
     assert result.memory["tokens"] == pytest.approx((4 + 5) / 2 / 16) and result.simulated_s == 8
 
 
@@ -97,7 +104,7 @@ def test_free_blocks_that_were_refused_to_the_head_of_the_queue_are_told_apart()
     """One of 3 blocks runs, beside a watermark of half the pool."""
     clock = Clock()
     server = paged(clock, 4, admission=watermark(0.5))
-    result = serve(fixed((0.0, 9, 1), (0.0, 8, 1)), 1.0, server, clock, SECOND)
+    result = serve(fixed((0.0, 9, 1), (0.0, 8, 1)), 0.5, server, clock, SECOND)
     assert result.memory == {name: pytest.approx(slots / 16) for name, slots in zip(MemoryUse._fields, (9, 0, 3, 4, 0))}
 
 
@@ -209,7 +216,8 @@ def test_percentiles_are_within_one_percent_of_the_sorted_list(seed: int) -> Non
     for value in values:
         histogram.add(value)
     for percent in (1, 50, 99, 100):
-        assert histogram.percentile(percent) == pytest.approx(values[20 * percent - 1], rel=0.01), f"seed {seed}, {percent}"
+        wanted = values[20 * percent - 1]
+        assert histogram.percentile(percent) == pytest.approx(wanted, rel=0.01), f"seed {seed}, {percent}"
     assert Histogram().percentile(50) is None
     assert len(histogram.counts) < 1700
 
@@ -235,7 +243,8 @@ def command(*arguments: str) -> int:
 SMALL = ("--dataset", "alpaca", "--requests", "40", "--slots", "2400", "--max-model-len", "256")
 
 
-def test_the_command_shows_every_server_and_writes_the_same_as_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_shows_every_server_and_writes_the_same_as_json(tmp_path: Path,
+                                                                     capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "figures.json"
     assert command(*SMALL, "--json", str(path)) == 0
     printed, written = capsys.readouterr().out, json.loads(path.read_text())
@@ -267,11 +276,12 @@ def test_smaller_blocks_waste_less_share_more_and_need_longer_tables(tmp_path: P
     (["--requests", "0"], "num_requests must be at least 1"), (["--rate", "0"], "rate must be above 0"),
     (["--rate", "nan"], "rate must be finite"), (["--slots", "0"], "slots must be at least 1"),
     (["--slots", "500"], "can never fit"), (["--block-size", "0"], "block_size must be from 1"),
-    (["--block-size", "99999"], "block_size must be from 1 to 15700"), (["--max-model-len", "100"], "raise max_model_len"),
+    (["--block-size", "99999"], "block_size must be from 1 to 15700"), (["--max-model-len", "99"], "raise max_model_l"),
     (["--fixed-s", "0"], "fixed_s must be above 0"), (["--watermark", "2"], "watermark must be from 0.0 to 1.0"),
-    (["--swap-blocks", "-1"], "swap_blocks must be at least 0"), (["--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
+    (["--swap-blocks", "-1"], "swap_blocks must be at least 0"), (["--max-num-seqs", "0"], "must be at least 1"),
     (["--shared-prefix", "7"], "shared_prefix must be from"), (["--trace", "no/such/file"], "no/such/file"),
-    (["--dataset", "other"], "invalid choice"), (["--servers", "orca"], "invalid choice"), (["--requests", "many"], "invalid int")])
+    (["--dataset", "other"], "invalid choice"), (["--servers", "orca"], "invalid choice"),
+    (["--requests", "many"], "invalid int")])
 def test_bad_arguments_get_one_clear_line_and_status_2(arguments: list[str], message: str,
                                                        capsys: pytest.CaptureFixture) -> None:
     assert command(*arguments) == 2
@@ -279,7 +289,8 @@ def test_bad_arguments_get_one_clear_line_and_status_2(arguments: list[str], mes
     assert last.startswith("simulate: error: ") and message in last
 
 
-def test_a_damaged_trace_file_names_its_line_before_anything_is_simulated(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_trace_file_names_its_line_before_anything_is_simulated(tmp_path: Path,
+                                                                          capsys: pytest.CaptureFixture) -> None:
     good = '{"arrival_s": 0, "prompt": 9, "output_tokens": 4}\n'
     path = tmp_path / "trace.jsonl"
     path.write_text(good * 6 + '{"arrival_s": 0, "prompt": 9, "output\n' + good)
@@ -288,7 +299,7 @@ def test_a_damaged_trace_file_names_its_line_before_anything_is_simulated(tmp_pa
     assert streams.out == "" and "trace.jsonl, line 7: not JSON" in streams.err and streams.err.count("\n") == 1
     path.write_text(good * 6)
     assert command("--trace", str(path), "--servers", "paged", "max") == 0
-    assert "6 requests of 9 prompt and 4 output tokens" in capsys.readouterr().out
+    assert "6 requests in 0 s, of 9 prompt and 4 output tokens" in capsys.readouterr().out
 
 
 def test_neither_simulating_nor_its_benchmark_imports_torch() -> None:
@@ -298,5 +309,7 @@ def test_neither_simulating_nor_its_benchmark_imports_torch() -> None:
 
 
 def test_the_command_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "nanopaged.simulate", *SMALL], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "| paged " in done.stdout and done.stderr == "", "no storm is logged, and no progress"
+    command = [sys.executable, "-m", "nanopaged.simulate", *SMALL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "| paged " in done.stdout
+    assert done.stderr == "", "no storm is logged, and there is no progress where there is no terminal"

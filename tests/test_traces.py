@@ -108,11 +108,11 @@ def test_a_file_gives_its_requests_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line, message", [
     ('{"arrival_s": 1.0, "prompt', "not JSON"), ("", "not JSON"), ("[1, 2, 3]", "expected an object with arrival_s"),
     ({"arrival_s": 1.0, "prompt": 5}, "expected an object with"), ({**GOOD, "extra": 1}, "expected an object with"),
-    ({**GOOD, "arrival_s": 0.5}, "sort the lines by arrival"), ({**GOOD, "arrival_s": "soon"}, "arrival_s must be a number"),
-    ({**GOOD, "arrival_s": float("nan")}, "arrival_s must be finite"), ({**GOOD, "prompt": 0}, "prompt must be at least 1"),
-    ({**GOOD, "prompt": []}, "prompt has no tokens"), ({**GOOD, "prompt": [1, "a"]}, "a token id of prompt must be an int"),
+    ({**GOOD, "arrival_s": 0.5}, "sort the lines by arrival"), ({**GOOD, "arrival_s": "soon"}, "must be a number"),
+    ({**GOOD, "arrival_s": float("nan")}, "arrival_s must be finite"), ({**GOOD, "prompt": 0}, "must be at least 1"),
+    ({**GOOD, "prompt": []}, "prompt has no tokens"), ({**GOOD, "prompt": [1, "a"]}, "of prompt must be an int"),
     ({**GOOD, "prompt": "hello"}, "prompt must be an int"), ({**GOOD, "prompt": [-7]}, "must be at least 0"),
-    ({**GOOD, "output_tokens": 0}, "output_tokens must be at least 1"), ({**GOOD, "output_tokens": 1.5}, "must be an int"),
+    ({**GOOD, "output_tokens": 0}, "output_tokens must be at least 1"), ({**GOOD, "output_tokens": 1.5}, "be an int"),
     ({**GOOD, "prompt": 2046}, "2046 prompt and 3 output tokens are more than max_model_len=2048")])
 def test_a_damaged_line_is_named(tmp_path: Path, line: object, message: str) -> None:
     path = write(tmp_path / "trace", GOOD, GOOD, line, GOOD)

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
                "threads": torch.get_num_threads()}
     print(f"The cost of a step on {llm.device} ({torch.get_num_threads()} threads), fitted to {len(steps)} steps; "
           f"half of them are predicted within {statistics.median(errors):.0%}.\n")
-    print(table(["cost", "microseconds"], [["fixed, each step", fixed_s * 1e6], ["each token computed", per_token_s * 1e6],
+    print(table(["cost", "microseconds"], [["fixed, each step", fixed_s * 1e6],
+                                           ["each token computed", per_token_s * 1e6],
                                            ["each token of context read", per_kv_token_s * 1e6]]))
     return figures
 

@@ -40,7 +40,7 @@ FACTORS = (1, 3, 10, 30, 100)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each size (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="in each of them (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of free blocks, and of prompts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of block order and prompts (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
                 costs[size].append(seconds_per_token(*prepare(size, args.seed), args.steps))
         medians = [statistics.median(costs[size]) for size in sizes]
         figures[name] = {"sizes": sizes, "seconds_per_token": medians, "slope": slope(sizes, medians)}
-        rows.append([f"{name}, {sizes[0]:,} to {sizes[-1]:,}", *(1e6 * cost for cost in medians), f"{slope(sizes, medians):+.3f}"])
+        rows.append([f"{name}, {sizes[0]:,} to {sizes[-1]:,}", *(1e6 * cost for cost in medians),
+                     f"{figures[name]['slope']:+.3f}"])
     show_progress("")
     print(f"Microseconds of scheduling for each token computed, {RUNNING} requests running; lower is better.\n")
     print(table(["what grows", *(f"x{factor}" for factor in FACTORS), "slope"], rows))
