@@ -81,6 +81,16 @@ def test_time_to_first_token_counts_from_the_arrival_even_in_the_middle_of_a_ste
     assert result.ttft_p99_s == pytest.approx(1.75, rel=0.01)
 
 
+def test_time_between_tokens_is_of_every_gap_of_every_request() -> None:
+    """Two decode steps of four requests take 5 s each, then three of the last one 2 s each: 8 long gaps, 3 short ones."""
+    clock = Clock()
+    result = serve(fixed(*[(0.0, 1, 3)] * 3, (0.0, 1, 6)), 0, paged(clock, 16), clock, StepCost(1.0, 1.0, 0.0))
+    assert result.tbt_p50_s == result.tbt_p99_s == pytest.approx(5.0, rel=0.01)
+    clock = Clock()
+    result = serve(fixed((0.0, 1, 3), (0.0, 1, 9)), 0, paged(clock, 16), clock, StepCost(1.0, 1.0, 0.0))
+    assert result.tbt_p50_s == pytest.approx(2.0, rel=0.01), "4 gaps of 3 s, 6 of 2 s"
+
+
 def test_idle_time_is_skipped_and_counts_as_free_memory() -> None:
     clock = Clock()
     result = serve(fixed((0.0, 3, 1), (9.0, 4, 1)), 0, paged(clock, 1, 8), clock, SECOND)
@@ -132,7 +142,7 @@ def test_every_request_gets_the_output_length_of_the_trace_and_nothing_is_left_b
     assert [r.token_ids[: r.num_prompt_tokens] for r in added] == [wanted.prompt for wanted in trace()], f"seed {seed}"
     assert [r.metrics.arrival_time for r in added] == [wanted.arrival_s for wanted in trace()], f"seed {seed}"
     assert sum(result.memory.values()) == pytest.approx(1) and min(result.memory.values()) >= 0, f"seed {seed}"
-    assert not server.has_unfinished()
+    assert not server.has_unfinished() and server.memory(0, False) == MemoryUse(0, 0, 0, 0, 64 * 16)
     if name == "paged":
         server.check_invariants()
         assert server.allocator.stats().referenced_blocks == 0, f"seed {seed}"
@@ -256,10 +266,14 @@ def test_the_command_shows_every_server_and_writes_the_same_as_json(tmp_path: Pa
     assert written["environment"]["versions"]["python"]
 
 
-@pytest.mark.parametrize("sweep, rows", [("block-size", simulate.BLOCK_SIZES), ("pool", simulate.POOL_SHARES)])
-def test_a_sweep_has_a_row_for_each_size(sweep: str, rows: tuple[float, ...], capsys: pytest.CaptureFixture) -> None:
-    assert command(*SMALL, "--sweep", sweep) == 0
+@pytest.mark.parametrize("sweep, rows, rate", [("block-size", simulate.BLOCK_SIZES, simulate.RATES["alpaca"]),
+                                               ("pool", simulate.POOL_SHARES, simulate.RATES["alpaca"] / 4)])
+def test_a_sweep_has_a_row_for_each_size(sweep: str, rows: tuple[float, ...], rate: float, tmp_path: Path,
+                                         capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "figures.json"
+    assert command(*SMALL, "--sweep", sweep, "--json", str(path)) == 0
     assert capsys.readouterr().out.count("\n| ") == 1 + len(rows)
+    assert json.loads(path.read_text())["arguments"]["rate"] == rate
 
 
 def test_smaller_blocks_waste_less_share_more_and_need_longer_tables(tmp_path: Path) -> None:
@@ -308,8 +322,10 @@ def test_neither_simulating_nor_its_benchmark_imports_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_the_command_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "nanopaged.simulate", *SMALL]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_the_command_runs_as_a_module_and_keeps_quiet_about_storms(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "nanopaged.simulate", *SMALL, "--slots", "600", "--admission", "greedy"]
+    done = subprocess.run([*command, "--json", str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "| paged " in done.stdout
+    assert json.loads(path.read_text())["figures"]["results"]["paged"]["counts"]["num_storms"] > 0
     assert done.stderr == "", "no storm is logged, and there is no progress where there is no terminal"
