@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+from argparse import Namespace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nanopaged.bench import __main__ as bench
+from nanopaged.bench import cost as cost_bench
 from nanopaged.bench import scheduler as scheduler_bench
 from nanopaged.report import table
 
@@ -65,6 +70,23 @@ def test_a_slope_is_the_power_with_which_the_cost_grows() -> None:
     assert scheduler_bench.slope(sizes, [3e-6] * 3) == pytest.approx(0)
     assert scheduler_bench.slope(sizes, [1e-6, 1e-5, 1e-4]) == pytest.approx(1)
     assert scheduler_bench.slope(sizes, [2.0, 2.0 * 10**0.5, 20.0]) == pytest.approx(0.5)
+
+
+def test_the_cost_of_a_step_is_recovered_from_steps_of_a_known_cost(monkeypatch: pytest.MonkeyPatch,
+                                                                      capsys: pytest.CaptureFixture) -> None:
+    """In every second round the machine is busy with something else."""
+    rounds = count()
+
+    def timed_steps(llm: object, rng: random.Random, batch_size: int) -> list[tuple[float, int, int, float]]:
+        busy = 1 + next(rounds) // len(cost_bench.BATCH_SIZES) % 2
+        sizes = [(rng.randint(1, 500), rng.randint(500, 9000)) for _ in range(9)]
+        return [(1.0, n, context, busy * (0.05 + 0.004 * n + 3e-5 * context)) for n, context in sizes]
+
+    monkeypatch.setattr(cost_bench, "timed_steps", timed_steps)
+    monkeypatch.setattr(cost_bench, "LLM", lambda *args, **options: SimpleNamespace(device="cpu"))
+    figures = cost_bench.run(Namespace(layers=1, device="cpu", rounds=4, seed=0))
+    assert [figures["fixed_s"], figures["per_token_s"], figures["per_kv_token_s"]] == pytest.approx([0.05, 0.004, 3e-5])
+    assert figures["median_relative_error"] < 1e-6 and "50,000" in capsys.readouterr().out
 
 
 def test_the_queue_waits_throughout_and_its_head_is_refused() -> None:
