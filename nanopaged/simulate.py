@@ -100,7 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     paged = parser.add_argument_group("paging")
     paged.add_argument("--block-size", type=int, default=16, help="slots in a block (default: %(default)s)")
     paged.add_argument("--admission", choices=["watermark", "reserve", "greedy"], default="watermark",
-                       help="whom to let in, see admission.py (default: %(default)s)")
+                       help="whom to let in, see admission.py; reserve knows the true lengths here "
+                       "(default: %(default)s)")
     paged.add_argument("--watermark", type=float, default=0.01, help="share of blocks kept free (default: %(default)s)")
     paged.add_argument("--swap-blocks", type=int, default=0, help="in CPU memory, for preempted requests; "
                        "their copying costs no time here (default: %(default)s)")

@@ -2,7 +2,7 @@
 
 The scheduler and the block allocator are the engine's own; only the model is replaced, by a formula
 for the seconds of a step, and with it the clock. So every decision is the one that the engine would
-take, at a millionth of the work, and without torch.
+take, without a GPU, and without torch.
 
     trace ──> server.add        while a request has arrived by now
               server.schedule   who runs this step
@@ -35,14 +35,15 @@ Trace = Callable[[], Iterator[TraceRequest]]  # each call begins the same trace 
 class StepCost:
     """Seconds of one step: all weights are read once, each token computed, each request's context read.
 
-    The defaults were fitted by `python -m nanopaged.bench cost` on 23 November 2026: GPT-2 124M with random
-    weights, float32, one thread of an AMD EPYC with no GPU, torch 2.13.0. Half of the 75 steps are
-    predicted within 15%. On a CPU arithmetic is dear, so a large batch gains much less than on a GPU.
+    The defaults were fitted by `python -m nanopaged.bench cost --rounds 4` on 23 November 2026: GPT-2 124M with
+    random weights, float32, one thread of an AMD EPYC with no GPU, which other work shared, torch 2.13.0. Half
+    of the 25 steps are predicted within 10%. On a CPU arithmetic is dear, and attention reads slowly, so a
+    larger batch saves little: set the constants of your own device to learn about its throughput.
     """
 
-    fixed_s: float = 0.062
-    per_token_s: float = 0.0039
-    per_kv_token_s: float = 3.2e-5
+    fixed_s: float = 0.038
+    per_token_s: float = 0.0032
+    per_kv_token_s: float = 4e-5
 
     def __post_init__(self) -> None:
         for name in ("fixed_s", "per_token_s", "per_kv_token_s"):
