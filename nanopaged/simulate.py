@@ -27,7 +27,7 @@ from nanopaged.validation import require_int
 # Arrivals a second: about three times what can be served in steps of the default StepCost.
 RATES = {"sharegpt": 0.4, "alpaca": 7.5}
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-POOL_SHARES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+POOL_SHARES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)
 
 COLUMNS: dict[str, Callable[[Result], object]] = {
     "tokens": lambda result: f"{result.memory['tokens']:.1%}",
