@@ -71,9 +71,9 @@ class ContiguousAllocator:
 Reservation = Callable[[int, int], int]  # (true output length, longest output that the model allows) -> output tokens
 
 RESERVATIONS: dict[str, Reservation] = {
-    "max": lambda output, longest: longest,  # nothing is known, as in Orca and FasterTransformer
-    "pow2": lambda output, longest: min(longest, 1 << (output - 1).bit_length()),  # guessed within a factor of two
-    "oracle": lambda output, longest: output,  # known in advance: no real server can
+    "max": lambda output, longest: longest,  # nothing is known: the paper's Orca (Max)
+    "pow2": lambda output, longest: min(longest, 1 << (output - 1).bit_length()),  # Orca (Pow2)
+    "oracle": lambda output, longest: output,  # Orca (Oracle): no real server knows
 }
 
 

@@ -133,7 +133,7 @@ def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
 
 def _parse(line: bytes, number: int, max_model_len: int) -> TraceRequest:
     try:
-        fields = json.loads(line.decode())
+        fields = json.loads(line.decode().rstrip())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     wanted = ("arrival_s", "prompt", "output_tokens")
