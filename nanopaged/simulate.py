@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     requests = parser.add_argument_group("requests")
     requests.add_argument("--dataset", choices=sorted(traces.DATASETS), default="sharegpt",
                           help="whose length statistics to draw from (default: %(default)s)")
-    requests.add_argument("--requests", type=int, default=2000, help="how many (default: %(default)s)")
+    requests.add_argument("--requests", type=int, help="how many (default: 2000; 1000 for --sweep)")
     requests.add_argument("--rate", type=float, help="Poisson arrivals a second (default: by dataset, "
                           f"{', '.join(f'{name} {rate:g}' for name, rate in RATES.items())}; "
                           "a quarter of that for --sweep pool, so that a pool can be large enough)")
@@ -138,6 +138,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 def chosen_trace(args: argparse.Namespace) -> Trace:
     if args.trace:
         return partial(traces.read, args.trace, args.max_model_len)
+    if args.requests is None:
+        args.requests = 1000 if args.sweep else 2000
     if args.rate is None:
         args.rate = RATES[args.dataset] / (4 if args.sweep == "pool" else 1)
     if args.shared_prefix is None:
