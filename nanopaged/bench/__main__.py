@@ -15,6 +15,7 @@ COMMANDS = {
     "decode": "whole decode steps, with and without CUDA graphs, beside the memory floor",
     "gpu": "kernel and decode, all that there is to say about a GPU",
     "scheduler": "the scheduler's cost for each token as queues, pools and caches grow",
+    "cost": "what a step costs, fitted to real steps: the simulator's constants",
     "engine": "the whole engine beside static batches, one request at a time, and the floor",
 }
 

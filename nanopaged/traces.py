@@ -1,0 +1,155 @@
+"""Where do requests come from, when there are no users?
+
+A trace is a stream of requests in order of arrival, each with a prompt and the number of tokens that
+it will generate. It is made or read while it is used, one request at a time, so a long one takes no
+more memory than a short one.
+
+The lengths follow the two data sets of the vLLM paper (Kwon et al., SOSP 2023, section 6.1): their
+means are Figure 11's. The paper shows their long tails but gives no number for them, so each length is
+drawn from a lognormal distribution whose width is our own choice. Arrivals are Poisson, as there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+from nanopaged.validation import require_int, require_number, shown
+
+NUM_SHARED_PREFIXES = 8  # different beginnings that requests share, such as system prompts
+
+
+class TraceRequest(NamedTuple):
+    """One user's wish. `output_tokens` is the true length, which a server learns only at the end."""
+
+    arrival_s: float
+    prompt: list[int]  # token ids
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class LengthStatistics:
+    """Means, in tokens, after lengths are limited; and the widths (sigma of log length) of the distributions."""
+
+    mean_prompt: float
+    mean_output: float
+    prompt_sigma: float
+    output_sigma: float
+
+
+DATASETS = {"sharegpt": LengthStatistics(161, 338, 1.2, 0.9), "alpaca": LengthStatistics(19, 58, 0.5, 0.9)}
+
+
+class Lengths:
+    """Draws lengths from 1 to `limit` tokens, lognormal before they are limited, of the given mean after it.
+
+    Raises ValueError where the limit is too low for such a mean.
+    """
+
+    def __init__(self, mean: float, sigma: float, limit: int) -> None:
+        if not 1 <= mean <= 0.9 * limit:
+            raise ValueError(f"lengths of {mean:g} tokens on average cannot be drawn with at most {limit} each, half "
+                             f"of max_model_len: raise max_model_len to {math.ceil(2 * mean / 0.9)} at least")
+        self.sigma, self.limit = sigma, limit
+        low, high = math.log(mean) - sigma**2, math.log(limit) + 10 * sigma
+        for _ in range(60):  # the mean after limiting rises with mu: bisection
+            self.mu = (low + high) / 2
+            low, high = (self.mu, high) if self._limited_mean() < mean else (low, self.mu)
+
+    def _limited_mean(self) -> float:
+        """E[min(X, limit)] of a lognormal X, in closed form; lengths below one token are too rare to count."""
+        phi, distance = NormalDist().cdf, (math.log(self.limit) - self.mu) / self.sigma
+        return math.exp(self.mu + self.sigma**2 / 2) * phi(distance - self.sigma) + self.limit * (1 - phi(distance))
+
+    def draw(self, rng: random.Random) -> int:
+        return max(1, round(min(self.limit, rng.lognormvariate(self.mu, self.sigma))))
+
+
+def generate(statistics: LengthStatistics, num_requests: int, rate: float, max_model_len: int,
+             shared_prefix: float = 0.0, seed: int = 0) -> Iterator[TraceRequest]:
+    """A random trace; the same seed gives the same trace.
+
+    Args:
+        rate: arrivals a second, on average.
+        max_model_len: prompt and output, in tokens, are each limited to half of it.
+        shared_prefix: share of each prompt, from its beginning, that is equal to that of other requests:
+            those with the same one of `NUM_SHARED_PREFIXES` common beginnings.
+
+    Raises TypeError or ValueError, at once, for arguments that cannot be.
+    """
+    require_int("num_requests", num_requests, 1)
+    if require_number("rate", rate, 0.0) == 0:
+        raise ValueError("rate must be above 0 arrivals a second, got 0")
+    require_number("shared_prefix", shared_prefix, 0.0, 1.0)
+    limit = require_int("max_model_len", max_model_len, 4) // 2
+    prompts = Lengths(statistics.mean_prompt, statistics.prompt_sigma, limit)
+    outputs = Lengths(statistics.mean_output, statistics.output_sigma, limit)
+
+    def requests() -> Iterator[TraceRequest]:
+        rng, arrival_s = random.Random(seed), 0.0
+        for i in range(num_requests):
+            arrival_s += rng.expovariate(rate)
+            length = prompts.draw(rng)
+            shared = int(shared_prefix * length)
+            # A token of its own, repeated, is enough to tell a request from all others, and costs no memory.
+            prompt = [rng.randrange(NUM_SHARED_PREFIXES)] * shared + _own_tokens(i, length - shared)
+            yield TraceRequest(arrival_s, prompt, outputs.draw(rng))
+
+    return requests()
+
+
+def _own_tokens(index: int, num_tokens: int) -> list[int]:
+    return [NUM_SHARED_PREFIXES + index] * num_tokens
+
+
+def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
+    """A trace from a file with one JSON object a line, in order of arrival:
+
+        {"arrival_s": 0.25, "prompt": 161, "output_tokens": 338}
+
+    `prompt` is a number of tokens, or a list of token ids where it matters which prompts begin alike.
+    Raises OSError where the file cannot be read, and ValueError, naming the line, where it is damaged.
+    """
+    previous_s, number = 0.0, 0
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                request = _parse(line, number, max_model_len)
+                if request.arrival_s < previous_s:
+                    raise ValueError(f"arrival_s is {request.arrival_s:g}, but the line before has {previous_s:g}: "
+                                     "sort the lines by arrival")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            previous_s = request.arrival_s
+            yield request
+    if number == 0:
+        raise ValueError(f"{path} is empty: it needs one JSON object a line")
+
+
+def _parse(line: bytes, number: int, max_model_len: int) -> TraceRequest:
+    try:
+        fields = json.loads(line.decode().rstrip())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    wanted = ("arrival_s", "prompt", "output_tokens")
+    if not isinstance(fields, dict) or sorted(fields) != sorted(wanted):
+        raise ValueError(f"expected an object with {', '.join(wanted)}, got {shown(fields)}")
+    arrival_s = require_number("arrival_s", fields["arrival_s"], 0.0)
+    output_tokens = require_int("output_tokens", fields["output_tokens"], 1)
+    prompt = fields["prompt"]
+    if isinstance(prompt, list):
+        for token_id in prompt:
+            require_int("a token id of prompt", token_id, 0)
+    length = len(prompt) if isinstance(prompt, list) else require_int("prompt", prompt, 1)
+    if length == 0:
+        raise ValueError("prompt has no tokens: at least one is needed")
+    if length + output_tokens > max_model_len:
+        raise ValueError(f"{length} prompt and {output_tokens} output tokens are more than max_model_len="
+                         f"{max_model_len}")
+    # Negative, so that no token id that a file can name is like it.
+    return TraceRequest(arrival_s, prompt if isinstance(prompt, list) else [-number] * length, output_tokens)
