@@ -36,6 +36,7 @@ class ContiguousAllocator:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = require_int("num_slots", num_slots, 1)
+        self.longest = num_slots  # stretch that an empty memory has room for
         self.gaps: list[tuple[int, int]] = [(0, num_slots)]  # (start, length), by start; no two touch
         self._lengths: dict[int, int] = {}  # of the stretches that are taken, by start
 
@@ -68,6 +69,55 @@ class ContiguousAllocator:
         self.gaps[first:last] = [(start, end - start)]
 
 
+class BuddyAllocator:
+    """Cuts stretches out of `num_slots` slots, each a power of two long, by halving longer ones (Knuth, 1968, 2.5).
+
+    A stretch and its buddy, the other half of what was cut, become one again when both are free. So
+    free memory scatters little, but what is rounded up is lost too: the paper assumes this allocator for
+    Orca (section 6.1), and counts both as external.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = require_int("num_slots", num_slots, 1)
+        self.longest = 1 << (num_slots.bit_length() - 1)
+        self._free: list[set[int]] = [set() for _ in range(num_slots.bit_length())]  # starts, by log2 of the length
+        start = 0
+        for order in reversed(range(num_slots.bit_length())):  # a memory of any size is a few powers of two
+            if num_slots >> order & 1:
+                self._free[order].add(start)
+                start += 1 << order
+        self._orders: dict[int, int] = {}  # of the stretches that are taken, by start
+
+    @property
+    def num_free(self) -> int:
+        return sum(len(starts) << order for order, starts in enumerate(self._free))
+
+    def take(self, num_slots: int) -> int | None:
+        """The start of a stretch of at least that length, the shortest and leftmost there is; None: there is none."""
+        wanted = (require_int("num_slots", num_slots, 1) - 1).bit_length()
+        order = next((order for order in range(wanted, len(self._free)) if self._free[order]), None)
+        if order is None:
+            return None
+        start = min(self._free[order])
+        self._free[order].remove(start)
+        for half in reversed(range(wanted, order)):  # the right halves stay free
+            self._free[half].add(start + (1 << half))
+        self._orders[start] = wanted
+        return start
+
+    def give_back(self, start: int) -> None:
+        """Frees the stretch that begins at `start`. Raises ValueError where none does."""
+        if start not in self._orders:
+            raise ValueError(f"no stretch that is taken begins at slot {start}")
+        order = self._orders.pop(start)
+        while (buddy := start ^ (1 << order)) in self._free[order]:
+            self._free[order].remove(buddy)
+            start, order = min(start, buddy), order + 1
+        self._free[order].add(start)
+
+
+ALLOCATORS = {"first-fit": ContiguousAllocator, "buddy": BuddyAllocator}
+
 Reservation = Callable[[int, int], int]  # (true output length, longest output that the model allows) -> output tokens
 
 RESERVATIONS: dict[str, Reservation] = {
@@ -96,7 +146,7 @@ class ContiguousScheduler:
         max_num_seqs, max_num_batched_tokens, max_model_len, clock: as in `Scheduler`.
     """
 
-    def __init__(self, allocator: ContiguousAllocator, reservation: Reservation, max_num_seqs: int,
+    def __init__(self, allocator: ContiguousAllocator | BuddyAllocator, reservation: Reservation, max_num_seqs: int,
                  max_num_batched_tokens: int, max_model_len: int, clock: Callable[[], float]) -> None:
         self.allocator, self.reservation, self.clock = allocator, reservation, clock
         self.max_num_seqs = require_int("max_num_seqs", max_num_seqs, 1)
@@ -111,8 +161,8 @@ class ContiguousScheduler:
     def add(self, request: Request) -> None:
         """Puts a request at the end of the queue. Raises ValueError where it could never run."""
         reserved = self._reserved_slots(request)
-        if reserved > self.allocator.num_slots or request.max_length > self.max_model_len:
-            raise ValueError(f"the request can never fit: it reserves {reserved} slots of {self.allocator.num_slots}, "
+        if reserved > self.allocator.longest or request.max_length > self.max_model_len:
+            raise ValueError(f"the request can never fit: it reserves {reserved} slots of {self.allocator.longest}, "
                              f"and has {request.max_length} tokens with max_model_len={self.max_model_len}")
         self.waiting[request.request_id] = request
         request.metrics.arrival_time = request.waiting_since = self.clock()

@@ -19,7 +19,7 @@ from functools import partial
 from nanopaged import traces
 from nanopaged.admission import policy
 from nanopaged.block_allocator import BlockAllocator
-from nanopaged.contiguous import RESERVATIONS, ContiguousAllocator, ContiguousScheduler
+from nanopaged.contiguous import ALLOCATORS, RESERVATIONS, ContiguousScheduler
 from nanopaged.report import main, show_progress, table
 from nanopaged.simulator import Clock, PagedServer, Result, Server, StepCost, Trace, TraceSummary, simulate, summarize
 from nanopaged.validation import require_int
@@ -53,7 +53,7 @@ READ_MEMORY = """\
 Shares of all KV memory, averaged over the time in which requests arrive. `tokens`: K and V of computed tokens;
 higher is better, and 100% the ceiling. `reserved`: for tokens that a request will still generate. `internal`: held,
 and never used. `external`: free, but refused to a request that waits. `free`: wanted by nobody. The paper's Figure 2
-has 96.3% in `tokens` for paged, and 20.4% for max, 26.8% for pow2, 38.2% for oracle."""
+has 96.3% in `tokens` for paged, and 20.4% for max, 26.8% for pow2, 38.2% for oracle (with --contiguous buddy)."""
 READ_SPEED = """\
 `batch`: requests in a step; `tokens/s`: generated; higher is better. TTFT, time to first token, and TBT, time between
 tokens: lower is better. `goodput`: share of the computed tokens that were computed for the first time; below 1 the
@@ -93,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("servers")
     server.add_argument("--servers", nargs="+", choices=["paged", *RESERVATIONS], default=["paged", *RESERVATIONS],
                         metavar="NAME", help="of paged, max, pow2, oracle (default: all)")
+    server.add_argument("--contiguous", choices=ALLOCATORS, default="first-fit", help="how max, pow2 and oracle find "
+                        "their stretches; the paper's used buddy (default: %(default)s)")
     server.add_argument("--slots", type=int, default=15_700, help="KV memory, in tokens (default: %(default)s)")
     server.add_argument("--max-num-seqs", type=int, default=256, help="requests in a step (default: %(default)s)")
     server.add_argument("--max-num-batched-tokens", type=int, default=2048, help="(default: %(default)s)")
@@ -175,7 +177,7 @@ def make_server(args: argparse.Namespace, name: str, clock: Clock, slots: int, b
     if name == "paged":
         return PagedServer(BlockAllocator(slots // block_size, block_size), *limits,
                            policy(args.admission, args.watermark), args.swap_blocks, clock=clock)
-    return ContiguousScheduler(ContiguousAllocator(slots), RESERVATIONS[name], *limits, clock)
+    return ContiguousScheduler(ALLOCATORS[args.contiguous](slots), RESERVATIONS[name], *limits, clock)
 
 
 if __name__ == "__main__":

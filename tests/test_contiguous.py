@@ -7,7 +7,7 @@ from itertools import count
 
 import pytest
 
-from nanopaged.contiguous import RESERVATIONS, ContiguousAllocator, ContiguousScheduler, MemoryUse
+from nanopaged.contiguous import RESERVATIONS, BuddyAllocator, ContiguousAllocator, ContiguousScheduler, MemoryUse
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams
 
@@ -60,6 +60,50 @@ def test_only_a_stretch_that_is_taken_can_be_given_back() -> None:
         allocator.give_back(start)
     with pytest.raises(ValueError, match="num_slots must be at least 1"):
         allocator.take(0)
+
+
+def test_a_buddy_allocator_halves_what_is_too_long_and_joins_what_was_halved() -> None:
+    allocator = BuddyAllocator(64 + 16)  # stretches of 64 and 16 to begin with
+    assert allocator.longest == 64
+    assert allocator.take(9) == 64, "9 slots round up to 16, and the shortest stretch with room is at the end"
+    assert allocator.take(9) == 0 and allocator.num_free == 48
+    assert allocator.take(17) == 32, "32 slots begin at a multiple of 32"
+    assert allocator.take(32) is None and allocator.num_free == 16
+    assert allocator.take(16) == 16 and allocator.take(1) is None
+    allocator.give_back(32)
+    allocator.give_back(16)
+    assert allocator.take(64) is None, "the buddy of 16 is still taken"
+    allocator.give_back(0)
+    assert allocator.take(64) == 0
+    with pytest.raises(ValueError, match="no stretch that is taken begins at slot 16"):
+        allocator.give_back(16)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_buddies_never_overlap_and_all_memory_comes_back(seed: int) -> None:
+    rng = random.Random(seed)
+    size = rng.randint(1, 300)
+    allocator, owner, taken = BuddyAllocator(size), [None] * size, {}
+    for i in range(500):
+        if taken and rng.random() < 0.5:
+            start = rng.choice(sorted(taken))
+            length = taken.pop(start)
+            owner[start : start + length] = [None] * length
+            allocator.give_back(start)
+        else:
+            wanted = rng.randint(1, 40)
+            start = allocator.take(wanted)
+            rounded = 1 << (wanted - 1).bit_length()
+            aligned = range(0, size - rounded + 1, rounded)
+            if start is None:
+                assert not any(owner[a : a + rounded] == [None] * rounded for a in aligned), f"seed {seed}, step {i}"
+            else:
+                assert start in aligned and owner[start : start + rounded] == [None] * rounded, f"seed {seed}, step {i}"
+                owner[start : start + rounded], taken[start] = [i] * rounded, rounded
+        assert allocator.num_free == owner.count(None), f"seed {seed}, step {i}"
+    for start in list(taken):
+        allocator.give_back(start)
+    assert allocator.num_free == size and allocator.take(allocator.longest) == 0, f"seed {seed}"
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -184,6 +228,16 @@ def test_long_prompts_are_computed_in_chunks_within_the_budget() -> None:
         computed.append((first.num_computed_tokens, second.num_computed_tokens))
     assert computed == [(4, 0), (6, 2), (7, 5), (7, 6)]
     assert first.num_output_tokens == second.num_output_tokens == 2
+
+
+def test_what_a_buddy_rounds_up_is_external_waste() -> None:
+    clock_at_0 = lambda: 0.0  # noqa: E731
+    scheduler = ContiguousScheduler(BuddyAllocator(32), RESERVATIONS["oracle"], 8, 64, 32, clock_at_0)
+    for i in range(2):  # 10 prompt tokens, 8 output tokens of which 7 are stored: 17 slots, rounded up to 32
+        scheduler.add(Request(str(i), [1] * 10, SamplingParams(max_tokens=8)))
+    step = scheduler.schedule()
+    assert [request.request_id for request in step.requests] == ["0"]
+    assert scheduler.memory(10, refused=True) == MemoryUse(tokens=10, reserved=7, internal=0, external=15, free=0)
 
 
 def test_what_could_never_fit_is_refused_when_it_is_added() -> None:
