@@ -66,18 +66,25 @@ class Batch:
             start = request.num_computed_tokens
             end = start + num_tokens
             table = request.block_table
-            token_ids += request.token_ids[start:end]
-            positions += range(start, end)
-            slots += [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
+            if num_tokens == 1:  # as nearly always: without lists of one
+                token_ids.append(request.token_ids[start])
+                positions.append(start)
+                slots.append(table[start // block_size] * block_size + start % block_size)
+            else:
+                token_ids += request.token_ids[start:end]
+                positions += range(start, end)
+                slots += [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
             query_start.append(len(token_ids))
             seq_lens.append(end)
             if end == len(request.token_ids):  # one draw for it, and one for each follower that starts from it
                 logits_rows += [len(token_ids) - 1] * (1 + len(request.followers))
         width = table_width or max(len(request.block_table) for request in step.requests)
-        tables = [block for request in requests
-                  for block in request.block_table + [0] * (width - len(request.block_table))]
         # Through an array, since torch.tensor takes three times as long to read a list.
-        values = array("i", token_ids + positions + slots + query_start + seq_lens + logits_rows + tables)
+        values = array("i", token_ids + positions + slots + query_start + seq_lens + logits_rows)
+        padding = array("i", [0]) * width
+        for request in requests:
+            values.extend(request.block_table)
+            values.extend(padding[len(request.block_table) :])
         batch = cls(torch.frombuffer(values, dtype=torch.int32), len(token_ids), len(requests), len(logits_rows),
                     max(step.num_tokens))
         return batch.to(device)

@@ -29,7 +29,7 @@ from nanopaged.kv_cache import KVCache, block_bytes, free_bytes
 from nanopaged.outputs import CompletionOutput, RequestOutput
 from nanopaged.paged_attention import INTERPRETED, TORCH, TRITON, AttentionBackend, check_kernel_sizes, triton
 from nanopaged.report import show_progress
-from nanopaged.request import Request, RequestStatus
+from nanopaged.request import Request, RequestMetrics, RequestStatus
 from nanopaged.sampling import sample
 from nanopaged.sampling_params import SamplingParams, continuation_seed, derive_seed
 from nanopaged.scheduler import Scheduler
@@ -221,7 +221,7 @@ class LLM:
                 # What may turn out to begin a stop string is held back: shown text is never taken back.
                 text = text[: max(0, len(text) - max(map(len, member.params.stop)) + 1)]
             completions.append(CompletionOutput(i, text, member.output_token_ids, member.finish_reason,
-                                                replace(member.metrics)))
+                                                RequestMetrics(**vars(member.metrics))))
         finished = all(member.status is RequestStatus.FINISHED for member in members)
         prompt = members[0].token_ids[: members[0].num_prompt_tokens]
         return RequestOutput(request_id, prompt, completions, finished, completions[0].metrics)

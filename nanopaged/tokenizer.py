@@ -56,9 +56,12 @@ class Tokenizer:
         `pending` is what the token before left, b"" at first. Nothing is stored here, so a token
         that is streamed twice gives the same answer twice.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        text = decoder.decode(pending + self._encoding.decode_single_token_bytes(token_id))
-        return text, decoder.getstate()[0]
+        known = pending + self._encoding.decode_single_token_bytes(token_id)
+        try:
+            return known.decode(), b""  # whole characters, as nearly always
+        except UnicodeDecodeError:
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            return decoder.decode(known), decoder.getstate()[0]
 
     def end_stream(self, pending: bytes) -> str:  # half a character at the end is shown as the replacement character
         return pending.decode(errors="replace")
