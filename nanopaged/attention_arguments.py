@@ -33,7 +33,10 @@ def check_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     _check("seq_lens", seq_lens, (len(seq_lens),), k_cache, torch.int32)
     _check("query_start", query_start, (len(seq_lens) + 1,), k_cache, torch.int32)
     _check("block_tables", block_tables, (len(seq_lens), block_tables.shape[1]), k_cache, torch.int32)
-    require_int("max_query_len", max_query_len, 0, len(q))
+    if 0 in (q.shape[1], block_tables.shape[1]):
+        raise ValueError(f"there must be a head and a block at least, got q {tuple(q.shape)} and block_tables "
+                         f"{tuple(block_tables.shape)}")
+    require_int("max_query_len", max_query_len, min(1, len(q)), len(q))
 
 
 def _check_dims(**tensors: tuple[torch.Tensor, int]) -> None:

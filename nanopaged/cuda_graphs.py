@@ -58,9 +58,10 @@ class DecodeGraphs:
         self.model, self.kv_cache, self.block_size = model, kv_cache, block_size
         self.table_width = -(-max_model_len // block_size)
         self.sizes = batch_sizes(max_num_seqs)
-        self.capture = capture or _CudaCapture()
+        self.capture = capture or _CudaCapture(kv_cache.device)
         self.recorded: dict[int, tuple[Batch, Replay]] = {}  # batch size -> its inputs, and what computes their logits
 
+    @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
         """The logits (num_requests, vocab_size) of a step for which `is_decode`; valid until the next call."""
         num_requests = len(step.requests)
@@ -73,7 +74,7 @@ class DecodeGraphs:
                 logits = replay()  # (size, vocab_size)
             else:
                 inputs = batch.to(self.kv_cache.device)
-                # This step runs as it is: Triton compiles, and cuBLAS makes its workspaces, which a recording may not.
+                # This step runs as it is: Triton compiles and cuBLAS starts up, which may not happen in a recording.
                 logits = self.model(inputs, self.kv_cache, TRITON)  # (size, vocab_size)
                 self.recorded[size] = inputs, self.capture(lambda: self.model(inputs, self.kv_cache, TRITON))
         return logits[:num_requests]
@@ -82,12 +83,13 @@ class DecodeGraphs:
 class _CudaCapture:
     """Records CUDA graphs that share the memory for what lies between their inputs and outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # torch's own is one for all devices
 
     def __call__(self, compute: Replay) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             logits = compute()
 
         def replay() -> torch.Tensor:

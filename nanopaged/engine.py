@@ -27,7 +27,7 @@ from nanopaged.gpt2 import GPT2
 from nanopaged.interrupts import uninterrupted
 from nanopaged.kv_cache import KVCache, block_bytes, free_bytes
 from nanopaged.outputs import CompletionOutput, RequestOutput
-from nanopaged.paged_attention import INTERPRETED, TORCH, TRITON, AttentionBackend, check_kernel_sizes, triton
+from nanopaged.paged_attention import INTERPRETED, TRITON, check_kernel_sizes, triton
 from nanopaged.report import show_progress
 from nanopaged.request import Request, RequestMetrics, RequestStatus
 from nanopaged.sampling import sample
@@ -35,6 +35,7 @@ from nanopaged.sampling_params import SamplingParams, continuation_seed, derive_
 from nanopaged.scheduler import Scheduler
 from nanopaged.stats import EngineStats
 from nanopaged.tokenizer import Tokenizer, tokenizer_for
+from nanopaged.torch_attention import TORCH, AttentionBackend
 from nanopaged.validation import require_choice, require_int, require_number, require_seed, shown
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanopaged.batch import Batch
-from nanopaged.paged_attention import AttentionBackend
+from nanopaged.torch_attention import AttentionBackend
 from nanopaged.validation import require_int, require_number
 
 

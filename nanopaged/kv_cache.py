@@ -14,6 +14,7 @@ from itertools import groupby
 
 import torch
 
+from nanopaged.batch import upload
 from nanopaged.gpt2 import GPT2Config
 from nanopaged.swap_space import BlockMove
 from nanopaged.validation import require_int
@@ -76,7 +77,8 @@ class KVCache:
             if kind == "copy":
                 # A target stands here twice where a step failed and its block was given to somebody else since.
                 latest = {move.target: move.source for move in run}
-                self.blocks[:, :, list(latest.keys())] = self.blocks[:, :, list(latest.values())]
+                targets, sources = upload(torch.tensor([[*latest.keys()], [*latest.values()]]), self.blocks.device)
+                self.blocks[:, :, targets] = self.blocks[:, :, sources]
             elif kind == "out":
                 for _, source, target in run:
                     self.swapped[target].copy_(self.blocks[:, :, source], non_blocking=True)

@@ -30,12 +30,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from nanopaged.attention_arguments import check_attention, check_write
-from nanopaged.torch_attention import paged_attention_torch, write_kv_torch
+from nanopaged.torch_attention import AttentionBackend
 
 try:
     import triton
@@ -51,16 +51,11 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that wait for memory at once,
 LOG2_E = 1.4426950408889634  # the kernels' exponentials are powers of two, which the hardware has
 
 
-class AttentionBackend(NamedTuple):
-    write_kv: Callable[..., None]
-    paged_attention: Callable[..., torch.Tensor]
-
-
 def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
                     slots: torch.Tensor) -> None:
     """As `write_kv_torch`; one program for each token."""
     check_write(k, v, k_cache, v_cache, slots)
-    check_kernel_sizes(*k_cache.shape[2:])
+    check_launch(k_cache)
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens:
         with device_of(k):
@@ -77,9 +72,9 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
                            scale: float) -> torch.Tensor:
     """As `paged_attention_torch`, without gathering: the kernels read the blocks where they lie."""
     check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, max_query_len)
-    check_kernel_sizes(*k_cache.shape[2:])
+    check_launch(k_cache)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (num_tokens, num_heads, head_dim)
-    if max_query_len == 0:
+    if len(q) == 0:
         return out
     num_requests, (num_tokens, num_heads, head_dim), num_kv_heads = len(seq_lens), q.shape, k_cache.shape[1]
     group, block_size = num_heads // num_kv_heads, k_cache.shape[2]
@@ -112,7 +107,6 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
     return out
 
 
-TORCH = AttentionBackend(write_kv_torch, paged_attention_torch)
 TRITON = AttentionBackend(write_kv_triton, paged_attention_triton)
 
 
@@ -129,10 +123,7 @@ def prompt_tile(group: int, element_bytes: int) -> tuple[int, int]:
 def split_tokens(num_contexts: int, longest: int, num_multiprocessors: int) -> int:
     """How many tokens of a context one decode program walks: all of them, where there are programs enough.
 
-    Args:
-        num_contexts: requests times key-value heads.
-        longest: tokens in a context at most.
-
+    `num_contexts` are requests times key-value heads, `longest` is the tokens in a context at most.
     Returns a multiple of MIN_SPLIT_TOKENS.
     """
     wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors, num_contexts)  # programs for a context
@@ -157,6 +148,13 @@ def check_kernel_sizes(block_size: int, head_dim: int) -> None:
     if block_size not in BLOCK_SIZES or head_dim not in HEAD_DIMS:
         raise ValueError(f"the Triton kernels take a block_size of {BLOCK_SIZES} and a head_dim of {HEAD_DIMS}, "
                          f"got {block_size} and {head_dim}: use attention='torch'")
+
+
+def check_launch(cache: torch.Tensor) -> None:
+    check_kernel_sizes(*cache.shape[2:])
+    if not (cache.is_cuda or INTERPRETED):
+        raise ValueError(f"the Triton kernels run on CUDA, and these tensors are on {cache.device}: use attention='torch', "
+                         "or set the environment variable TRITON_INTERPRET=1 before starting Python")
 
 
 def jit(*unspecialized: str) -> Callable[[Callable], Any]:

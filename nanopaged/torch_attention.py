@@ -10,9 +10,19 @@ seq_lens[i] - n + r.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from nanopaged.attention_arguments import check_attention, check_write
+
+
+class AttentionBackend(NamedTuple):
+    """The two operations, by whoever does them: torch here, Triton in `paged_attention`."""
+
+    write_kv: Callable[..., None]
+    paged_attention: Callable[..., torch.Tensor]
 
 
 def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
@@ -82,3 +92,6 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
         result = result.unflatten(1, (group, n)).permute(2, 0, 1, 3)  # (n, num_kv_heads, group, head_dim)
         out[first:last] = result.flatten(1, 2).to(q.dtype)
     return out
+
+
+TORCH = AttentionBackend(write_kv_torch, paged_attention_torch)

@@ -15,9 +15,13 @@ if not HAS_GPU:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "gpu_too: runs anywhere, and on a CUDA device where there is one")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+        if "gpu_too" in item.keywords and HAS_GPU:
+            item.add_marker(pytest.mark.gpu)

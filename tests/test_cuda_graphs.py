@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from oracle import TINY, assert_dense_continuation, tiny_model
 
 from nanopaged import LLM, SamplingParams, cuda_graphs
 from nanopaged.cuda_graphs import DecodeGraphs, batch_sizes
-from nanopaged.paged_attention import TORCH
 from nanopaged.sampling_params import continuation_seed
+from nanopaged.torch_attention import TORCH
 
 MODEL = tiny_model()
 
@@ -97,6 +98,28 @@ def test_steps_with_prompts_in_them_are_not_recorded(monkeypatch: pytest.MonkeyP
     assert capture.recorded == 1, "the two continuations' decode"
 
 
+def test_a_recording_that_was_made_in_inference_mode_serves_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, capture = engine_with_graphs(monkeypatch)
+    llm.add_request([1, 2, 3], SamplingParams(max_tokens=9))
+    with torch.inference_mode():
+        llm.step()
+        llm.step()
+    llm.step()
+    assert (capture.recorded, capture.replayed) == (1, 1)
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_contexts_that_are_split_over_programs() -> None:
+    config = replace(TINY, n_positions=600)
+    model, rng = tiny_model(config), random.Random(0)
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(length)] for length in (3, 127, 128, 300, 520)]
+    llm = LLM(model, device="cuda", dtype="float32", num_blocks=200, max_num_seqs=8)
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    for output, prompt in zip(llm.generate(prompts, params), prompts):
+        assert_dense_continuation(model, prompt, params, 0, output.outputs[0].token_ids, True, f"{len(prompt)} tokens")
+    assert llm.graphs.recorded
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_gpu_gives_the_same_tokens_with_graphs_and_without(dtype: str) -> None:
@@ -118,8 +141,9 @@ def test_a_gpu_gives_the_same_tokens_with_graphs_and_without(dtype: str) -> None
 @pytest.mark.gpu
 def test_decoding_on_a_gpu_waits_for_it_only_where_the_tokens_are_read() -> None:
     llm = LLM(MODEL, device="cuda", num_blocks=60, max_num_seqs=8)
-    for i in range(8):
+    for i in range(6):
         llm.add_request([i, 1, 2], SamplingParams(max_tokens=30, temperature=float(i % 2)))
+    llm.add_request([7, 1, 2], SamplingParams(max_tokens=30, n=2))
     for _ in range(4):  # the prompts, and what is compiled and recorded at first
         llm.step()
     waits = []

@@ -72,6 +72,7 @@ def test_scheduling_is_invisible_and_preemptions_do_happen() -> None:
     assert preemptions > 40, "the pools were meant to be too small"
 
 
+@pytest.mark.gpu_too
 @pytest.mark.parametrize("seed", range(3))
 def test_scheduling_is_invisible_with_the_triton_kernels(seed: int) -> None:
     pytest.importorskip("triton", reason="there is no Triton on this system")

@@ -16,7 +16,7 @@ import torch
 from nanopaged.batch import Batch
 from nanopaged.checkpoint import from_state_dict
 from nanopaged.gpt2 import GPT2, GPT2Config
-from nanopaged.paged_attention import TORCH
+from nanopaged.torch_attention import TORCH
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
 from nanopaged.scheduler import Step

@@ -18,17 +18,16 @@ from nanopaged.paged_attention import (
     BLOCK_SIZES,
     HEAD_DIMS,
     MIN_SPLIT_TOKENS,
-    paged_attention_torch,
     paged_attention_triton,
     prompt_tile,
     split_tokens,
-    write_kv_torch,
     write_kv_triton,
 )
+from nanopaged.torch_attention import paged_attention_torch, write_kv_torch
 
 pytest.importorskip("triton", reason="there is no Triton on this system")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []  # there the kernels are compiled, and run on it
+pytestmark = pytest.mark.gpu_too  # there the kernels are compiled
 # Rounding of the output's own dtype, and, for half precision, of the softmax before it meets V.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -212,7 +211,8 @@ def test_every_tile_finds_its_request_in_random_ragged_batches(seed: int, monkey
 
 FAR_BLOCK = """
 import torch
-from nanopaged.paged_attention import paged_attention_torch, paged_attention_triton, write_kv_torch, write_kv_triton
+from nanopaged.paged_attention import paged_attention_triton, write_kv_triton
+from nanopaged.torch_attention import paged_attention_torch
 # A pool of 2**31 + 2**27 elements: memory that nobody touches is not there, and two blocks are touched.
 far = 2**31 // (2 * 8 * 16) + 1000
 pool = torch.empty(far + 2**19, 2, 8, 16, dtype=torch.float16, device="{device}")
@@ -311,7 +311,10 @@ BAD = [  # (argument, what becomes of it, error, words)
     ("block_tables", lambda t: t.repeat(1, 2)[:, ::2], ValueError, "block_tables .* contiguous last dimension"),
     ("query_start", lambda t: t[:-1], ValueError, r"query_start must have shape \(3,\)"),
     ("seq_lens", lambda t: t.float(), TypeError, "seq_lens must be torch.int32"),
-    ("max_query_len", lambda n: n + 2, ValueError, "max_query_len must be from 0 to 3"),
+    ("block_tables", lambda t: t[:, :0], ValueError, "there must be a head and a block at least"),
+    ("q", lambda t: t[:, :0], ValueError, "there must be a head and a block at least"),
+    ("max_query_len", lambda n: n + 2, ValueError, "max_query_len must be from 1 to 3"),
+    ("max_query_len", lambda n: 0, ValueError, "max_query_len must be from 1 to 3"),
     ("max_query_len", lambda n: float(n), TypeError, "max_query_len must be an int"),
     ("seq_lens", lambda t: t.to("meta"), ValueError, "seq_lens must be on the cache's device"),
 ]
@@ -339,6 +342,15 @@ def test_rows_and_slots_that_do_not_fit_are_named(write_kv) -> None:
     ):
         with pytest.raises(error, match=words):
             write_kv(k, v, cache, cache, where)
+
+
+def test_tensors_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "INTERPRETED", False)
+    case = make_case([9], [1])
+    for name in ("q", "k_cache", "v_cache", "block_tables", "query_start", "seq_lens"):
+        setattr(case, name, getattr(case, name).cpu())
+    with pytest.raises(ValueError, match="run on CUDA, and these tensors are on cpu: use attention='torch'"):
+        paged_attention_triton(*case.arguments())
 
 
 def test_the_kernels_refuse_sizes_that_they_were_not_written_for() -> None:

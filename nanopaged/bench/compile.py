@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from nanopaged import report
+from nanopaged import paged_attention, report
 from nanopaged.paged_attention import INTERPRETED, paged_attention_triton, triton, write_kv_triton
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
@@ -82,26 +82,27 @@ def instead_of_launching(target: str) -> Iterator[list[tuple[str, object]]]:
     def compile_only(self: object, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
         launches.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
-    # A device is its number to Triton: what was compiled for another one's 0 is forgotten, before and after.
-    with mock.patch.object(triton.runtime.jit.JITFunction, "run", compile_only), _driver(NoDevice(target)):
+    with (mock.patch.object(triton.runtime.jit.JITFunction, "run", compile_only),
+          mock.patch.object(paged_attention, "check_launch"), _driver(NoDevice(target))):
         yield launches
 
 
 @contextmanager
 def _driver(driver: NoDevice) -> Iterator[None]:
-    from nanopaged import paged_attention
-
     kernels = [value for value in vars(paged_attention).values() if isinstance(value, triton.runtime.jit.JITFunction)]
     before = triton.runtime.driver._active
-    for kernel in kernels:
-        kernel.device_caches.clear()
+
+    def forget() -> None:  # a device is its number to Triton, and another target's number 0 is not this one's
+        for kernel in kernels:
+            kernel.device_caches.clear()
+
+    forget()
     triton.runtime.driver.set_active(driver)
     try:
         yield
     finally:
         triton.runtime.driver._active = before
-        for kernel in kernels:
-            kernel.device_caches.clear()
+        forget()
 
 
 def engine_calls(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int,

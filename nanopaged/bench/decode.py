@@ -19,6 +19,7 @@ from nanopaged import LLM, SamplingParams, report
 from nanopaged.bench.timing import copy_bandwidth, device_name
 from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.kv_cache import block_bytes
+from nanopaged.paged_attention import triton
 from nanopaged.validation import require_int
 
 NUM_STEPS = 16  # in a row are timed; the median of several such rows is shown
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if not on_gpu:
         print("There is no CUDA device: the torch path decodes, without graphs, and its floor is a GPU's idea of one.")
     rows, times = 5 if on_gpu else 1, {}
-    for eager in (False, True) if on_gpu else (True,):
+    for eager in (False, True) if on_gpu and triton is not None else (True,):
         blocks = max(counts) * (1024 // 16)
         llm = LLM(model, dtype=args.dtype or "auto", max_num_seqs=max(counts), num_blocks=blocks, enforce_eager=eager,
                   enable_prefix_caching=False)
@@ -103,9 +104,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     report.show_progress("")
     timings = []
     for count in counts:
-        (eager_s, context), (graphs_s, _) = times[True, count], times.get((False, count), (None, None))
-        floor_s = (weights + count * context * token_bytes) / bandwidth
-        timings.append(Timing(count, context, eager_s, graphs_s, floor_s))
+        (eager_s, mean_context), (graphs_s, _) = times[True, count], times.get((False, count), (None, None))
+        floor_s = (weights + count * mean_context * token_bytes) / bandwidth
+        timings.append(Timing(count, mean_context, eager_s, graphs_s, floor_s))
     print(report.table(
         ["requests", "context", "eager tokens/s", "graphs tokens/s", "floor tokens/s", "eager share", "graphs share"],
         [[t.requests, t.context, t.requests / t.eager_s, t.graphs_s and t.requests / t.graphs_s, t.requests / t.floor_s,
