@@ -22,6 +22,7 @@ from nanopaged.admission import Policy, policy
 from nanopaged.batch import Batch
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.checkpoint import load_model
+from nanopaged.compiled_attention import COMPILED, compile_now
 from nanopaged.gpt2 import GPT2
 from nanopaged.interrupts import uninterrupted
 from nanopaged.kv_cache import KVCache, block_bytes, free_bytes
@@ -47,6 +48,7 @@ class LLM:
         dtype: "auto" (float16 on CUDA, float32 on a CPU), "float32", "float16" or "bfloat16".
         attention: "auto" (Triton on CUDA, torch on a CPU), "triton" or "torch". Triton runs on a
             CPU only in its interpreter, which the environment variable TRITON_INTERPRET=1 turns on.
+        compile: compile the torch attention of decoding requests, on a CPU; see `compiled_attention`.
         block_size, num_blocks: tokens in a block, a power of two from 8 to 256, and blocks in the
             pool; None: from the memory that is free once the model is loaded.
         gpu_memory_utilization: share of a GPU's memory to use in all, in (0, 1]. On a CPU, which
@@ -74,10 +76,10 @@ class LLM:
                  gpu_memory_utilization: float = 0.9, max_model_len: int | None = None, max_num_seqs: int = 256,
                  max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True, watermark: float = 0.01,
                  admission: str | Policy = "watermark", max_waiting: int | None = None, preemption: str = "recompute",
-                 swap_blocks: int = 1024, seed: int = 0, tokenizer: Tokenizer | None = None) -> None:
+                 swap_blocks: int = 1024, seed: int = 0, tokenizer: Tokenizer | None = None, compile: bool = False) -> None:
         self.device = _resolve_device(device)
         self.dtype = _resolve_dtype(dtype, self.device)
-        self.attention = _resolve_attention(attention, self.device)
+        self.attention = _resolve_attention(attention, self.device, compile)
         self.block_size = require_int("block_size", block_size, 8, 256)
         if block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two from 8 to 256, got {block_size}")
@@ -121,6 +123,8 @@ class LLM:
         swap_blocks = swap_blocks if preemption == "swap" else 0
         self.kv_cache = KVCache(config, block_size, require_int("num_blocks", num_blocks, 1), swap_blocks, self.device,
                                 self.dtype)
+        if self.attention is COMPILED:
+            compile_now(self.kv_cache.blocks, config.n_head // config.num_kv_heads)
         allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, max_model_len,
                                    policy(admission, watermark), swap_blocks, max_waiting)
@@ -319,8 +323,13 @@ def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _resolve_attention(attention: str, device: torch.device) -> AttentionBackend:
+def _resolve_attention(attention: str, device: torch.device, compile: bool) -> AttentionBackend:
     require_choice("attention", attention, ("auto", "triton", "torch"))
+    if require_choice("compile", compile, (True, False)):
+        if device.type != "cpu" or attention == "triton":
+            raise ValueError("compile=True is for the torch attention on a CPU: leave it out, or set device='cpu' and "
+                             "attention='torch'")
+        return COMPILED
     if attention == "torch" or (attention == "auto" and (device.type == "cpu" or triton is None)):
         return TORCH
     if triton is None:
