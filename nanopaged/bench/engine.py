@@ -164,18 +164,17 @@ def _paged(model: GPT2, work: Workload, compile: bool) -> dict[str, float]:
     hook = llm.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     _send(llm, work)
     seconds = floor_seconds = 0.0
-    peak_blocks = 0
+    steps = peak_blocks = 0
     while llm.has_unfinished_requests():
         start = time.perf_counter()
         llm.step()
         seconds += time.perf_counter() - start
+        steps += 1
         floor_seconds += floor.seconds(seen.pop())
-        stats = llm.stats()
-        peak_blocks = max(peak_blocks, stats.referenced_blocks)
-        show_progress(f"paged, {len(work.prompts)} requests, and its floor: "
-                      f"{stats.output_tokens} of {work.output_tokens} tokens")
+        peak_blocks = max(peak_blocks, llm.stats().referenced_blocks)
+        show_progress(f"paged, {len(work.prompts)} requests, and its floor: {steps} steps")
     hook.remove()
-    return {"steps": stats.num_steps, "seconds": seconds, "floor_seconds": floor_seconds,
+    return {"steps": steps, "seconds": seconds, "floor_seconds": floor_seconds,
             "tokens_per_s": work.output_tokens / seconds, "floor_tokens_per_s": work.output_tokens / floor_seconds,
             "share_of_floor": floor_seconds / seconds, "read_gb_per_s": floor.bytes_per_s / 1e9,
             "kv_mib": peak_blocks * BLOCK_SIZE * floor.kv_token_bytes / 2**20}
