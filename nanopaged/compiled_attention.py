@@ -97,8 +97,7 @@ def _block_list(block_tables: torch.Tensor, seq_lens: torch.Tensor, block_size: 
 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    # Sizes are variables of the C++ code: it serves every batch, length and pool.
-    return torch.compile(decode_attention, dynamic=True)
+    return torch.compile(decode_attention)
 
 
 @torch.inference_mode()
@@ -115,9 +114,13 @@ def compile_now(kv_cache: torch.Tensor, group: int) -> None:
     q = torch.zeros(batch, num_kv_heads, group, head_dim, dtype=kv_cache.dtype)
     blocks, owner, filled = (torch.zeros(listed, dtype=torch.int64) for _ in range(3))
     place = torch.zeros(batch, width, dtype=torch.int64)
+    used = place == 0
+    # Variables of the C++ code, which so serves every batch, length and pool. The model's own sizes stay numbers.
+    for tensor in (q, k_cache, v_cache, blocks, owner, filled, place, used):
+        torch._dynamo.mark_dynamic(tensor, [0, 1] if tensor.dim() == 2 else 0)
     logger.info("compiling decode attention, which takes half a minute unless torch's cache has it")
     try:
-        _compiled()(q, k_cache, v_cache, blocks, owner, filled, place, place == 0)
+        _compiled()(q, k_cache, v_cache, blocks, owner, filled, place, used)
     except RuntimeError as error:
         raise ValueError("compile=True needs a C++ compiler that torch can use (g++ or clang++, or the one that the "
                          f"environment variable CXX names): install one, or leave compile out. {error!r:.300}") from error
