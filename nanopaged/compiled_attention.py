@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,26 +67,50 @@ def paged_attention_compiled(q: torch.Tensor, k_cache: torch.Tensor, v_cache: to
 
     `decode` is `decode_attention`; None: compiled.
     """
-    query_lens = query_start.diff()
-    decodes = query_lens == 1  # (num_requests,)
-    if int(decodes.sum()) < 2:  # the compiler makes special versions for sizes of 1, and one request has little to gain
-        return paged_attention_torch(q, k_cache, v_cache, block_tables, query_start, seq_lens, max_query_len, scale)
     num_kv_heads, block_size = k_cache.shape[1:3]
-    decode_rows = decodes.repeat_interleave(query_lens)  # (num_tokens,)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    rows = (q[decode_rows] * scale).unflatten(1, (num_kv_heads, -1))  # (B, num_kv_heads, group, head_dim)
-    block_list = _block_list(block_tables[decodes], seq_lens[decodes], block_size)
+    plan = _plan(block_tables, query_start, seq_lens, block_size)
+    if plan is None:
+        return paged_attention_torch(q, k_cache, v_cache, block_tables, query_start, seq_lens, max_query_len, scale)
     decode = decode or _compiled()
-    out[decode_rows] = decode(rows, k_cache, v_cache, *block_list).flatten(1, 2).to(q.dtype)
-    if not decodes.all():  # chunks of prompts
-        starts = F.pad(query_lens[~decodes].cumsum(0, dtype=torch.int32), (1, 0))
-        out[~decode_rows] = paged_attention_torch(q[~decode_rows], k_cache, v_cache, block_tables[~decodes], starts,
-                                                  seq_lens[~decodes], max_query_len, scale)
+    rows = (q[plan.decode_rows] * scale).unflatten(1, (num_kv_heads, -1))  # (B, num_kv_heads, group, head_dim)
+    decoded = decode(rows, k_cache, v_cache, *plan.block_list).flatten(1, 2).to(q.dtype)  # (B, num_heads, head_dim)
+    if plan.chunk_rows is None:
+        return decoded
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out[plan.decode_rows] = decoded
+    out[plan.chunk_rows] = paged_attention_torch(q[plan.chunk_rows], k_cache, v_cache, *plan.chunks, max_query_len, scale)
     return out
 
 
+class _Plan(NamedTuple):
+    decode_rows: torch.Tensor | slice  # of the batch, which belong to B decoding requests
+    block_list: tuple[torch.Tensor, ...]  # `decode_attention`'s blocks, owner, filled, place and used
+    chunk_rows: torch.Tensor | None  # the other rows, if there are any
+    chunks: tuple[torch.Tensor, ...]  # their requests' block_tables, query_start and seq_lens
+
+
+@functools.lru_cache(maxsize=1)  # every layer of a step brings the same tensors, which nobody writes to
+def _plan(block_tables: torch.Tensor, query_start: torch.Tensor, seq_lens: torch.Tensor,
+          block_size: int) -> _Plan | None:
+    """Which rows decode, and over which blocks; None: fewer than two requests do.
+
+    One request alone has little to gain, and for sizes of 1 the compiler makes special versions.
+    """
+    query_lens = query_start.diff()
+    decodes = query_lens == 1  # (num_requests,)
+    if int(decodes.sum()) < 2:
+        return None
+    block_list = _block_list(block_tables[decodes], seq_lens[decodes], block_size)
+    if decodes.all():
+        return _Plan(slice(None), block_list, None, ())
+    decode_rows = decodes.repeat_interleave(query_lens)  # (num_tokens,)
+    starts = F.pad(query_lens[~decodes].cumsum(0, dtype=torch.int32), (1, 0))
+    return _Plan(decode_rows.nonzero()[:, 0], block_list, (~decode_rows).nonzero()[:, 0],
+                 (block_tables[~decodes], starts, seq_lens[~decodes]))
+
+
 def _block_list(block_tables: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> tuple[torch.Tensor, ...]:
-    """`decode_attention`'s blocks, owner, filled, place and used, from (B, any width) tables and (B,) lengths."""
+    """Of (B, any width) tables and (B,) lengths."""
     if block_tables.shape[1] == 1:
         block_tables = F.pad(block_tables, (0, 1))  # no size of 1, as above
     starts = torch.arange(block_tables.shape[1], device=seq_lens.device) * block_size  # (width,) of each block's tokens

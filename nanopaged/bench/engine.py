@@ -2,8 +2,9 @@
 
 GPT-2's 124M shapes with random weights in float32, requests of mixed lengths, greedy. Beside the paged
 engine stand, on the same model code: the floor (the matrix products of the very same steps, and their
-KV bytes read once at the speed of a large read, nothing else; timed step by step, in turn with the
-engine); static batches (all requests in one, padded to the longest); and one request at a time.
+KV bytes read once at the speed of a large read, nothing else; timed in turn with the engine's steps);
+static batches, padded to the longest, as large as the KV memory of the paged run allows; and one
+request at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nanopaged.validation import require_int
 
 BLOCK_SIZE = 16
 STEP_TOKENS = 2048  # rows of a step at most, for the paged engine and for static prefill
-ALONE = 4  # requests that are run one at a time: enough for a rate, and a minute less than all of them
+ALONE = 2  # requests that are run one at a time: enough for a rate, and two minutes less than all of them
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Workload:
 
 
 class Floor:
-    """The least that a step must do, timed on the machine as it is at that moment."""
+    """The least time that a step must take, on the machine as it is at that moment."""
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
@@ -63,6 +64,7 @@ class Floor:
         self.wide = torch.randn(STEP_TOKENS, config.n_inner or 4 * config.n_embd, dtype=dtype)
         self.narrow = torch.randn(STEP_TOKENS, config.n_embd, dtype=dtype)
         self.bytes_per_s = self._read_speed()
+        self.products_s = 0.0
 
     @staticmethod
     def _read_speed() -> float:
@@ -74,21 +76,25 @@ class Floor:
             best = min(best, time.perf_counter() - start)
         return large.nbytes / best
 
+    def seconds(self, batch: Batch, step: int) -> float:
+        """Steps that only decode are timed every other time: from one to the next few rows end, at most."""
+        if batch.max_query_len > 1 or step % 2 == 0:
+            self.products_s = self._products(len(batch.token_ids), len(batch.logits_rows))
+        return self.products_s + int(batch.seq_lens.sum()) * self.kv_token_bytes / self.bytes_per_s
+
     @torch.inference_mode()
-    def seconds(self, batch: Batch) -> float:
-        """The products of a step, by the same routine as the model's, and its contexts' KV."""
-        rows = len(batch.token_ids)
-        narrow, wide = self.narrow[:rows], self.wide[:rows]
+    def _products(self, num_rows: int, num_sampled: int) -> float:
+        """By the same routine as the model's, without the biases."""
+        narrow, wide = self.narrow[:num_rows], self.wide[:num_rows]
         start = time.perf_counter()
         for block in self.model.h:
             project(narrow, block.attn.c_attn.weight)
             project(narrow, block.attn.c_proj.weight)
             project(narrow, block.mlp.c_fc.weight)
             project(wide, block.mlp.c_proj.weight)
-        if len(batch.logits_rows):
-            project(self.narrow[: len(batch.logits_rows)], self.model.wte.weight)
-        products = time.perf_counter() - start
-        return products + int(batch.seq_lens.sum()) * self.kv_token_bytes / self.bytes_per_s
+        if num_sampled:
+            project(self.narrow[:num_sampled], self.model.wte.weight)
+        return time.perf_counter() - start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +132,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     alone = _one_at_a_time(model, Workload.mixed(max(counts), args.max_prompt, args.max_output, args.seed).sample(ALONE))
     print(f"GPT-2, {args.layers} layers of {args.width}, float32 on {torch.get_num_threads()} threads; output tokens/s, "
           "more is better.\n\"of floor\" is the speed as a share of the floor's: 1 would be nothing but matrix products "
-          "and one reading of the KV.\nOne at a time: a sample of the requests, so its seconds are not for all of them.")
+          "and one reading of the KV.\nStatic: batches padded to the longest, of as many requests as fit the paged run's "
+          "most KV memory.\nOne at a time: a sample of the requests, so its seconds are not for all of them.")
     return {"one_at_a_time": alone, "runs": [_compare(model, count, alone, args) for count in counts]}
 
 
@@ -169,35 +176,45 @@ def _paged(model: GPT2, work: Workload, compile: bool) -> dict[str, float]:
         start = time.perf_counter()
         llm.step()
         seconds += time.perf_counter() - start
+        floor_seconds += floor.seconds(seen.pop(), steps)
         steps += 1
-        floor_seconds += floor.seconds(seen.pop())
         peak_blocks = max(peak_blocks, llm.stats().referenced_blocks)
         show_progress(f"paged, {len(work.prompts)} requests, and its floor: {steps} steps")
     hook.remove()
     return {"steps": steps, "seconds": seconds, "floor_seconds": floor_seconds,
             "tokens_per_s": work.output_tokens / seconds, "floor_tokens_per_s": work.output_tokens / floor_seconds,
             "share_of_floor": floor_seconds / seconds, "read_gb_per_s": floor.bytes_per_s / 1e9,
-            "kv_mib": peak_blocks * BLOCK_SIZE * floor.kv_token_bytes / 2**20}
+            "kv_mib": peak_blocks * BLOCK_SIZE * floor.kv_token_bytes / 2**20, "kv_tokens": peak_blocks * BLOCK_SIZE}
+
+
+def _static(model: GPT2, work: Workload, kv_tokens: int) -> dict[str, float]:
+    """In order of arrival, batches of as many as `kv_tokens` have room for at the length of the longest."""
+    seats = max(1, kv_tokens // static_cache_tokens([max(work.prompts, key=len)], work.output_lens))
+    done = steps = used = 0
+    start = time.perf_counter()
+    for i in range(0, len(work.prompts), seats):
+        prompts, output_lens = work.prompts[i : i + seats], work.output_lens[i : i + seats]
+        generate_static(model, prompts, output_lens, STEP_TOKENS, lambda tokens: show_progress(
+            f"static batches, {len(work.prompts)} requests: {done + tokens} of {work.output_tokens} tokens"))
+        done, steps = done + sum(output_lens), steps + max(output_lens)
+        used = max(used, static_cache_tokens(prompts, output_lens))
+    seconds = time.perf_counter() - start
+    return {"seats": seats, "steps": steps, "seconds": seconds, "tokens_per_s": work.output_tokens / seconds,
+            "kv_mib": used * block_bytes(model.config, 1, torch.float32) / 2**20}
 
 
 def _compare(model: GPT2, count: int, alone: dict[str, float], args: argparse.Namespace) -> dict[str, object]:
     work = Workload.mixed(count, args.max_prompt, args.max_output, args.seed)
     paged = _paged(model, work, compile=not args.no_compile)
-    start = time.perf_counter()
-    generate_static(model, work.prompts, work.output_lens, STEP_TOKENS, lambda done: show_progress(
-        f"one static batch of {count} requests: {done} of {work.output_tokens} tokens"))
-    seconds = time.perf_counter() - start
-    kv_mib = static_cache_tokens(work.prompts, work.output_lens) * block_bytes(model.config, 1, torch.float32) / 2**20
-    static = {"steps": max(work.output_lens), "seconds": seconds, "tokens_per_s": work.output_tokens / seconds,
-              "kv_mib": kv_mib}
+    static = _static(model, work, paged["kv_tokens"])
     show_progress("")
     rate, floor_rate = paged["tokens_per_s"], paged["floor_tokens_per_s"]
     print(f"\n{count} requests: {sum(map(len, work.prompts)):,} prompt and {work.output_tokens:,} output tokens")
     print(table(["", "tokens/s", "of floor", "paged is faster", "seconds", "steps", "KV MiB"], [
         ["the floor", floor_rate, 1.0, None, paged["floor_seconds"], paged["steps"], None],
         ["paged", rate, rate / floor_rate, None, paged["seconds"], paged["steps"], paged["kv_mib"]],
-        ["static batch", static["tokens_per_s"], None, f"{rate / static['tokens_per_s']:.2f} x", seconds,
-         static["steps"], kv_mib],
+        [f"static, {static['seats']} seats", static["tokens_per_s"], None, f"{rate / static['tokens_per_s']:.2f} x",
+         static["seconds"], static["steps"], static["kv_mib"]],
         ["one at a time", alone["tokens_per_s"], None, f"{rate / alone['tokens_per_s']:.2f} x", alone["seconds"],
          alone["steps"], None]]), flush=True)
     return {"requests": count, "output_tokens": work.output_tokens, "paged": paged, "static": static,
