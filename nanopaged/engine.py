@@ -22,12 +22,14 @@ from nanopaged.admission import Policy, policy
 from nanopaged.batch import Batch
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.checkpoint import load_model
+from nanopaged.compiled_attention import COMPILED, compile_now
 from nanopaged.cuda_graphs import DecodeGraphs, is_decode, logits_bytes
+from nanopaged.device import resolve_attention, resolve_device, resolve_dtype
 from nanopaged.gpt2 import GPT2
 from nanopaged.interrupts import uninterrupted
 from nanopaged.kv_cache import KVCache, block_bytes, free_bytes
 from nanopaged.outputs import CompletionOutput, RequestOutput
-from nanopaged.paged_attention import INTERPRETED, TRITON, check_kernel_sizes, triton
+from nanopaged.paged_attention import TRITON, check_kernel_sizes
 from nanopaged.report import show_progress
 from nanopaged.request import Request, RequestMetrics, RequestStatus
 from nanopaged.sampling import sample
@@ -35,7 +37,6 @@ from nanopaged.sampling_params import SamplingParams, continuation_seed, derive_
 from nanopaged.scheduler import Scheduler
 from nanopaged.stats import EngineStats
 from nanopaged.tokenizer import Tokenizer, tokenizer_for
-from nanopaged.torch_attention import TORCH, AttentionBackend
 from nanopaged.validation import require_choice, require_int, require_number, require_seed, shown
 
 
@@ -49,6 +50,7 @@ class LLM:
         dtype: "auto" (float16 on CUDA, float32 on a CPU), "float32", "float16" or "bfloat16".
         attention: "auto" (Triton on CUDA, torch on a CPU), "triton" or "torch". Triton runs on a
             CPU only in its interpreter, which the environment variable TRITON_INTERPRET=1 turns on.
+        compile: compile the torch attention of decoding requests, on a CPU; see `compiled_attention`.
         block_size, num_blocks: tokens in a block, a power of two from 8 to 256, and blocks in the
             pool; None: from the memory that is free once the model is loaded.
         gpu_memory_utilization: share of a GPU's memory to use in all, in (0, 1]. On a CPU, which
@@ -78,11 +80,11 @@ class LLM:
                  gpu_memory_utilization: float = 0.9, max_model_len: int | None = None, max_num_seqs: int = 256,
                  max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True, watermark: float = 0.01,
                  admission: str | Policy = "watermark", max_waiting: int | None = None, preemption: str = "recompute",
-                 swap_blocks: int = 1024, seed: int = 0, tokenizer: Tokenizer | None = None,
+                 swap_blocks: int = 1024, seed: int = 0, tokenizer: Tokenizer | None = None, compile: bool = False,
                  enforce_eager: bool = False) -> None:
-        self.device = _resolve_device(device)
-        self.dtype = _resolve_dtype(dtype, self.device)
-        self.attention = _resolve_attention(attention, self.device)
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.attention = resolve_attention(attention, self.device, compile)
         self.block_size = require_int("block_size", block_size, 8, 256)
         if block_size & (block_size - 1):
             raise ValueError(f"block_size must be a power of two from 8 to 256, got {block_size}")
@@ -132,6 +134,8 @@ class LLM:
         self.graphs = None
         if use_graphs:
             self.graphs = DecodeGraphs(self.model, self.kv_cache.blocks, block_size, max_model_len, max_num_seqs)
+        if self.attention is COMPILED:
+            compile_now(self.kv_cache.blocks, config.n_head // config.num_kv_heads)
         allocator = BlockAllocator(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(allocator, max_num_seqs, max_num_batched_tokens, max_model_len,
                                    policy(admission, watermark), swap_blocks, max_waiting)
@@ -312,34 +316,3 @@ class LLM:
             pool_occupancy=window.referenced_blocks / steps / scheduler.allocator.num_blocks,
             swap_blocks=swap.num_blocks if swap else 0, swap_blocks_used=swap.stats().referenced_blocks if swap else 0,
             **asdict(scheduler.allocator.stats()), **asdict(scheduler.stats))
-
-
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = str(device).partition(":")
-    if kind not in ("cpu", "cuda") or not (index or "0").isdecimal() or (kind == "cpu" and int(index or 0)):
-        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA "
-                         "devices: use device='cpu', or install a driver and a CUDA build of torch")
-    return torch.device(kind, int(index)) if index else torch.device(kind)
-
-
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")  # torch.float16 itself is welcome too
-    if require_choice("dtype", name, ("auto", "float32", "float16", "bfloat16")) == "auto":
-        name = "float16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
-
-
-def _resolve_attention(attention: str, device: torch.device) -> AttentionBackend:
-    require_choice("attention", attention, ("auto", "triton", "torch"))
-    if attention == "torch" or (attention == "auto" and (device.type == "cpu" or triton is None)):
-        return TORCH
-    if triton is None:
-        raise ValueError("attention='triton' needs the triton package, which is not installed: use attention='torch'")
-    if device.type == "cpu" and not INTERPRETED:
-        raise ValueError("attention='triton' on a CPU runs only in Triton's interpreter: set the environment variable "
-                         "TRITON_INTERPRET=1 before starting Python, or use attention='torch'")
-    return TRITON

@@ -1,0 +1,71 @@
+"""The baseline: how are batches served without paging?
+
+Requests are gathered into a batch, each padded on the left to the longest prompt, each with a contiguous
+cache of the longest prompt and the longest output. The batch runs until its longest request has ended;
+who has ended earlier is computed all the same. The model's layers are those of the paged engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from nanopaged.gpt2 import GPT2, project
+
+
+def static_cache_tokens(prompts: Sequence[list[int]], output_lens: Sequence[int]) -> int:
+    """Tokens of KV that the batch's cache has room for."""
+    return len(prompts) * (max(map(len, prompts)) + max(output_lens) - 1)
+
+
+@torch.inference_mode()
+def generate_static(model: GPT2, prompts: Sequence[list[int]], output_lens: Sequence[int], prefill_rows: int,
+                    after_step: Callable[[int], None] = lambda num_tokens: None) -> list[list[int]]:
+    """Continues one batch of B prompts greedily.
+
+    Args:
+        output_lens: tokens to generate for each prompt.
+        prefill_rows: tokens, with padding, that are computed at once while prompts are read (whole
+            prompts, at least one), so that the baseline's intermediate results stay as small as a step's.
+        after_step: called with the output tokens, of all requests, that are done.
+
+    Returns the output tokens of each.
+    """
+    config, device, dtype = model.config, model.wte.weight.device, model.wte.weight.dtype
+    batch, width = len(prompts), max(map(len, prompts))
+    longest = width + max(output_lens) - 1  # the last token's K and V are never read
+    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)  # (B,)
+    token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, width)
+    cache = torch.zeros(config.n_layer, 2, batch, config.num_kv_heads, longest, config.head_dim, device=device,
+                        dtype=dtype)
+
+    def forward(rows: slice, token_ids: torch.Tensor, start: int) -> torch.Tensor:
+        """The likeliest token after columns start, ..., start + T - 1 of some rows: (b, T) -> (b,)."""
+        num_rows, num_columns = token_ids.shape
+        end = start + num_columns
+        columns = torch.arange(end, device=device)
+        seen = columns >= padding[rows, None, None, None]  # (b, 1, 1, end)
+        if num_columns > 1:
+            seen = (seen & (columns <= columns[start:, None])) | (columns == columns[start:, None])  # (b, 1, T, end)
+        positions = (columns[start:] - padding[rows, None]).clamp(min=0)  # (b, T)
+        x = (model.wte(token_ids) + model.wpe(positions)).flatten(0, 1)  # (b * T, n_embd)
+        for block, (k_cache, v_cache) in zip(model.h, cache[:, :, rows]):
+            q, k, v = (heads.unflatten(0, (num_rows, -1)).transpose(1, 2) for heads in block.attn.qkv(block.ln_1(x)))
+            k_cache[:, :, start:end], v_cache[:, :, start:end] = k, v  # (b, heads, T, head_dim)
+            y = F.scaled_dot_product_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], seen, enable_gqa=True)
+            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2).flatten(0, 1))  # (b * T, n_embd)
+            x = x + block.mlp(block.ln_2(x))
+        last = x.unflatten(0, (num_rows, -1))[:, -1]  # (b, n_embd)
+        return project(model.ln_f(last), model.wte.weight).argmax(dim=-1)
+
+    at_once = max(1, prefill_rows // width)
+    groups = [slice(i, min(i + at_once, batch)) for i in range(0, batch, at_once)]
+    newest = torch.cat([forward(rows, token_ids[rows], 0) for rows in groups])  # (B,)
+    outputs = [newest]
+    while len(outputs) < max(output_lens):
+        after_step(sum(min(len(outputs), length) for length in output_lens))
+        newest = forward(slice(0, batch), newest[:, None], width + len(outputs) - 1)
+        outputs.append(newest)
+    return [tokens[:length] for tokens, length in zip(torch.stack(outputs, dim=1).tolist(), output_lens)]
