@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from nanopaged.attention_arguments import check_attention, check_write
 
@@ -67,8 +68,7 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
     for a dtype, shape, layout or device that does not fit.
     """
     check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, max_query_len)
-    num_kv_heads, head_dim = k_cache.shape[1], q.shape[2]
-    group, block_size = q.shape[1] // num_kv_heads, k_cache.shape[2]
+    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     # Head h of block b is row b * num_kv_heads + h of these: one copy gathers head after head.
     k_rows, v_rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (num_blocks * num_kv_heads, block_size, head_dim)
     heads = torch.arange(num_kv_heads, device=q.device)[:, None]  # (num_kv_heads, 1)
@@ -80,17 +80,15 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
             continue
         # Gather the scattered blocks into one contiguous context: what the kernel never does.
         gathered = (block_tables[i, : -(-length // block_size)] * num_kv_heads + heads).flatten()
-        k = k_rows.index_select(0, gathered).view(num_kv_heads, -1, head_dim)[:, :length].float()
-        v = v_rows.index_select(0, gathered).view(num_kv_heads, -1, head_dim)[:, :length].float()
-        rows = q[first:last].float().unflatten(1, (num_kv_heads, group))  # (n, num_kv_heads, group, head_dim)
-        rows = rows.permute(1, 2, 0, 3).flatten(1, 2)  # (num_kv_heads, group * n, head_dim)
-        scores = rows @ k.transpose(1, 2) * scale  # (num_kv_heads, group * n, length)
-        if n > 1:
-            future = torch.ones(n, length, dtype=torch.bool, device=q.device).triu(length - n + 1)  # (n, length)
-            scores = scores.masked_fill(future.repeat(group, 1), -torch.inf)
-        result = scores.softmax(dim=-1) @ v  # (num_kv_heads, group * n, head_dim)
-        result = result.unflatten(1, (group, n)).permute(2, 0, 1, 3)  # (n, num_kv_heads, group, head_dim)
-        out[first:last] = result.flatten(1, 2).to(q.dtype)
+        k = k_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
+        v = v_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
+        rows = q[first:last].transpose(0, 1)[None].float()  # (1, num_heads, n, head_dim)
+        mask = None
+        if 1 < n < length:  # causal, counted from the context's end; torch's own is_causal counts from its beginning
+            mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)  # (n, length)
+        result = F.scaled_dot_product_attention(rows, k, v, mask, is_causal=n == length > 1, scale=scale,
+                                                enable_gqa=True)  # (1, num_heads, n, head_dim)
+        out[first:last] = result[0].transpose(0, 1).to(q.dtype)
     return out
 
 
