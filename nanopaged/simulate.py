@@ -25,7 +25,7 @@ from nanopaged.simulator import Clock, PagedServer, Result, Server, StepCost, Tr
 from nanopaged.validation import require_int
 
 # Arrivals a second: about three times what can be served in steps of the default StepCost.
-RATES = {"sharegpt": 0.4, "alpaca": 7.5}
+RATES = {"sharegpt": 0.8, "alpaca": 15.0}
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 POOL_SHARES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)
 
