@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     print(f"GPT-2, {args.layers} layers of {args.width}, float32 on {torch.get_num_threads()} threads; output tokens/s, "
           "more is better.\n\"of floor\" is the speed as a share of the floor's: 1 would be nothing but matrix products "
           "and one reading of the KV.\nStatic: batches padded to the longest, of as many requests as fit the paged run's "
-          "most KV memory.\nStatic and one at a time are rates of a sample: of whole batches with a third of the requests, "
+          "most KV memory.\nStatic and one at a time are rates of a sample: of whole batches with half of the requests, "
           f"and of {ALONE} requests.")
     return {"one_at_a_time": alone, "runs": [_compare(model, count, alone, args) for count in counts]}
 
@@ -189,17 +189,19 @@ def _paged(model: GPT2, work: Workload, compile: bool) -> dict[str, float]:
 
 
 def _static(model: GPT2, work: Workload, kv_tokens: int) -> dict[str, float]:
-    """In order of arrival, batches of as many as `kv_tokens` have room for at the length of the longest.
+    """In order of arrival, as few batches as `kv_tokens` have room for at the length of the longest, of equal size.
 
-    Full batches are run, until a third of the requests are done: the rate of the rest is no better.
+    Whole batches are run, until half of the requests are done: being alike, they stand for the rest.
     """
-    seats = max(1, kv_tokens // static_cache_tokens([max(work.prompts, key=len)], work.output_lens))
+    count = len(work.prompts)
+    room = max(1, kv_tokens // static_cache_tokens([max(work.prompts, key=len)], work.output_lens))
+    seats = -(-count // -(-count // room))
     done = steps = used = 0
     start = time.perf_counter()
-    for i in range(0, -(-len(work.prompts) // 3), seats):
+    for i in range(0, -(-count // 2), seats):
         prompts, output_lens = work.prompts[i : i + seats], work.output_lens[i : i + seats]
         generate_static(model, prompts, output_lens, STEP_TOKENS, lambda tokens: show_progress(
-            f"static batches, {len(work.prompts)} requests: {done + tokens} tokens"))
+            f"static batches, {count} requests: {done + tokens} tokens"))
         done, steps = done + sum(output_lens), steps + max(output_lens)
         used = max(used, static_cache_tokens(prompts, output_lens))
     seconds = time.perf_counter() - start
