@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         return {"shared_prefix": [_prefix_sharing(model, count, args) for count in counts]}
     largest = Workload.mixed(max(counts), args.max_prompt, args.max_output, args.seed)
     alone = _one_at_a_time(model, largest.sample(ALONE))
-    print(f"GPT-2, {args.layers} layers of {args.width}, float32 on {torch.get_num_threads()} threads; output tokens/s, "
+    print(f"GPT-2, {args.layers} layers of {args.width}, float32, {torch.get_num_threads()} threads; output tokens/s, "
           "more is better.\n"
           '"of floor": 1 would be the time of the steps\' matrix products and of one reading of the KV, nothing else.\n'
           "Static: batches padded to the longest, of as many requests as fit the paged run's most KV memory.\n"
