@@ -80,7 +80,8 @@ def paged_attention_compiled(q: torch.Tensor, k_cache: torch.Tensor, v_cache: to
         return decoded
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     out[plan.decode_rows] = decoded
-    out[plan.chunk_rows] = paged_attention_torch(q[plan.chunk_rows], k_cache, v_cache, *plan.chunks, max_query_len, scale)
+    out[plan.chunk_rows] = paged_attention_torch(q[plan.chunk_rows], k_cache, v_cache, *plan.chunks, max_query_len,
+                                                 scale)
     return out
 
 
@@ -150,8 +151,8 @@ def compile_now(kv_cache: torch.Tensor, group: int) -> None:
     try:
         _compiled()(q, k_cache, v_cache, blocks, owner, filled, place, used)
     except RuntimeError as error:
-        raise ValueError("compile=True needs a C++ compiler that torch can use (g++ or clang++, or the one that the "
-                         f"environment variable CXX names): install one, or leave compile out. {error!r:.300}") from error
+        raise ValueError("compile=True needs a C++ compiler that torch can use, g++, clang++ or what the environment "
+                         f"variable CXX names: install one, or leave compile out. {error!r:.300}") from error
 
 
 COMPILED = AttentionBackend(write_kv_torch, paged_attention_compiled)

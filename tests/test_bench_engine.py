@@ -35,7 +35,8 @@ def test_a_static_batch_takes_memory_for_each_request_at_the_longest() -> None:
 
 def test_the_workload_is_the_same_for_the_same_seed_and_within_its_bounds() -> None:
     work = Workload.mixed(50, 256, 128, seed=1, prefix_len=4)
-    assert work == Workload.mixed(50, 256, 128, seed=1, prefix_len=4) != Workload.mixed(50, 256, 128, seed=2, prefix_len=4)
+    assert work == Workload.mixed(50, 256, 128, seed=1, prefix_len=4)
+    assert work != Workload.mixed(50, 256, 128, seed=2, prefix_len=4)
     assert all(4 + 16 <= len(prompt) <= 4 + 256 and prompt[:4] == work.prompts[0][:4] for prompt in work.prompts)
     assert all(16 <= length <= 128 for length in work.output_lens)
 

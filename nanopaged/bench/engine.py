@@ -129,11 +129,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             parameter.normal_(std=0.02)  # GPT-2's own start (Radford et al., 2019)
     if args.shared_prefix:
         return {"shared_prefix": [_prefix_sharing(model, count, args) for count in counts]}
-    alone = _one_at_a_time(model, Workload.mixed(max(counts), args.max_prompt, args.max_output, args.seed).sample(ALONE))
-    print(f"GPT-2, {args.layers} layers of {args.width}, float32 on {torch.get_num_threads()} threads; output tokens/s, "
-          "more is better.\n\"of floor\" is the speed as a share of the floor's: 1 would be nothing but matrix products "
-          "and one reading of the KV.\nStatic: batches padded to the longest, of as many requests as fit the paged run's "
-          "most KV memory.\nStatic and one at a time are rates of a sample: of whole batches with half of the requests, "
+    largest = Workload.mixed(max(counts), args.max_prompt, args.max_output, args.seed)
+    alone = _one_at_a_time(model, largest.sample(ALONE))
+    print(f"GPT-2, {args.layers} layers of {args.width}, float32, {torch.get_num_threads()} threads; output tokens/s, "
+          "more is better.\n"
+          '"of floor": 1 would be the time of the steps\' matrix products and of one reading of the KV, nothing else.\n'
+          "Static: batches padded to the longest, of as many requests as fit the paged run's most KV memory.\n"
+          "Static and one at a time are rates of a sample: of whole batches with half of the requests, "
           f"and of {ALONE} requests.")
     return {"one_at_a_time": alone, "runs": [_compare(model, count, alone, args) for count in counts]}
 
@@ -245,7 +247,7 @@ def _prefix_sharing(model: GPT2, count: int, args: argparse.Namespace) -> dict[s
                      1000 * seconds[sharing] / computed[sharing]])
     show_progress("")
     predicted, measured = computed[False] / computed[True], seconds[False] / seconds[True]
-    print(f"{count} requests with the same first {args.shared_prefix} tokens, time to all first tokens (less is better)")
+    print(f"{count} requests with the same first {args.shared_prefix} tokens, time to all first tokens: less is better")
     print(table(["prefix sharing", "seconds", "tokens computed", "ms a token"], rows))
     print(f"The tokens saved predict {predicted:.2f} times the speed, measured: {measured:.2f} times.", flush=True)
     return {"requests": count, "seconds_on": seconds[True], "seconds_off": seconds[False],
