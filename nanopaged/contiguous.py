@@ -208,12 +208,7 @@ class ContiguousScheduler:
         for request, num_tokens in zip(step.requests, step.num_tokens):
             request.num_computed_tokens += num_tokens
         for request, token in zip(sampled, token_ids):
-            request.token_ids.append(token)
-            metrics = request.metrics
-            metrics.last_token_time = now
-            metrics.output_tokens += 1
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
+            request.receive(token, now)
             if len(request.token_ids) == request.max_length:
                 self._finish(request, now)
         if self.stats.num_finished > finished_before:

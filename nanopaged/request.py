@@ -95,6 +95,15 @@ class Request:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    def receive(self, token_id: int, now: float) -> None:
+        """Appends a token that was sampled at `now`."""
+        self.token_ids.append(token_id)
+        metrics = self.metrics
+        metrics.last_token_time = now
+        metrics.output_tokens += 1
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+
     def __repr__(self) -> str:
         return (f"Request({self.request_id!r}, {self.status.value}, prompt={self.num_prompt_tokens}, "
                 f"output={self.num_output_tokens}, computed={self.num_computed_tokens}, blocks={self.block_table})")

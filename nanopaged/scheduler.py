@@ -279,12 +279,7 @@ class Scheduler:
         return followers
 
     def _receive(self, request: Request, token: int, stopped: Container[str], now: float) -> None:
-        request.token_ids.append(token)
-        metrics = request.metrics
-        metrics.last_token_time = now
-        metrics.output_tokens += 1
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now
+        request.receive(token, now)
         stop = token in request.stop_token_ids or request.request_id in stopped
         if stop or len(request.token_ids) == request.max_length:
             self._finish(request, "stop" if stop else "length")

@@ -18,7 +18,7 @@ import torch
 
 from nanopaged import LLM, SamplingParams
 from nanopaged.batch import Batch
-from nanopaged.gpt2 import GPT2, GPT2Config
+from nanopaged.bench.model import random_gpt2
 from nanopaged.report import show_progress, table
 from nanopaged.sampling import sample
 from nanopaged.validation import require_int
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     require_int("rounds", args.rounds, 1)
-    torch.manual_seed(args.seed)
-    llm = LLM(GPT2(GPT2Config(n_layer=args.layers)), device=args.device, num_blocks=1024, enable_prefix_caching=False)
+    llm = LLM(random_gpt2(args.layers, seed=args.seed), device=args.device, num_blocks=1024, enable_prefix_caching=False)
     timed_steps(llm, random.Random(args.seed), 1)  # warms up
     rounds = []
     for i in range(args.rounds):

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from nanopaged import LLM, SamplingParams, report
+from nanopaged.bench.model import random_gpt2
 from nanopaged.bench.timing import copy_bandwidth, device_name
-from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.kv_cache import block_bytes
 from nanopaged.paged_attention import triton
 from nanopaged.validation import require_int
@@ -34,15 +34,6 @@ class Timing:
     eager_s: float
     graphs_s: float | None
     floor_s: float
-
-
-def random_gpt2(layers: int = 12) -> GPT2:
-    """GPT-2 124M's shapes; the weights are random, which costs as much time as trained ones."""
-    torch.manual_seed(0)
-    model = GPT2(GPT2Config(n_layer=layers)).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
-    return model
 
 
 def step_seconds(llm: LLM, num_requests: int, context: int, rows: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import torch
 
 from nanopaged import LLM, SamplingParams
 from nanopaged.batch import Batch
+from nanopaged.bench.model import random_gpt2
 from nanopaged.bench.static_batch import generate_static, static_cache_tokens
 from nanopaged.gpt2 import GPT2, GPT2Config, project
 from nanopaged.kv_cache import block_bytes
@@ -122,11 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         raise ValueError(f"prefix, prompt and output may have {GPT2Config.n_positions} tokens together, got {longest}")
     if args.width % 64:
         raise ValueError(f"--width must be a multiple of 64, got {args.width}")
-    torch.manual_seed(args.seed)
-    model = GPT2(GPT2Config(n_layer=args.layers, n_embd=args.width, n_head=args.width // 64)).requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02)  # GPT-2's own start (Radford et al., 2019)
+    model = random_gpt2(args.layers, args.width, args.seed)
     if args.shared_prefix:
         return {"shared_prefix": [_prefix_sharing(model, count, args) for count in counts]}
     largest = Workload.mixed(max(counts), args.max_prompt, args.max_output, args.seed)
