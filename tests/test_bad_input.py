@@ -110,6 +110,8 @@ def assert_refused(call: Callable[[], object], error: type[Exception], *words: s
     ("max_num_seqs", 2.0, TypeError, "must be an int"),
     ("max_num_batched_tokens", -1, ValueError, "must be at least 1, got -1"),
     ("max_num_batched_tokens", "8", TypeError, "must be an int"),
+    ("enforce_eager", 1, TypeError, "must be a bool, got 1 (int)"),
+    ("compile", "yes", TypeError, "must be a bool"),
     ("enable_prefix_caching", 1, TypeError, "must be a bool, got 1 (int)"),
     ("enable_prefix_caching", None, TypeError, "must be a bool"),
     ("watermark", NAN, ValueError, "must be finite, got nan"),
