@@ -116,7 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Runs what was asked for, prints its tables, and returns its figures."""
-    logging.getLogger("nanopaged.storm").setLevel(logging.ERROR)  # storms are provoked here, and counted
     cost = StepCost(args.fixed_s, args.per_token_s, args.per_kv_token_s)
     require_int("slots", args.slots, 1)
     require_int("block_size", args.block_size, 1, args.slots)
@@ -181,6 +180,7 @@ def make_server(args: argparse.Namespace, name: str, clock: Clock, slots: int, b
 
 
 if __name__ == "__main__":
+    logging.getLogger("nanopaged.storm").setLevel(logging.ERROR)  # storms are provoked here, and counted
     command = argparse.ArgumentParser(prog="python -m nanopaged.simulate", description=__doc__,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(command)

@@ -158,7 +158,7 @@ def test_arguments_that_do_not_go_together_say_which(llm: LLM, options: dict[str
 
 def test_triton_on_a_cpu_without_the_interpreter_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr("nanopaged.engine.INTERPRETED", False)
+    monkeypatch.setattr("nanopaged.device.INTERPRETED", False)
     assert_refused(lambda: build(attention="triton"), ValueError, "TRITON_INTERPRET=1")
 
 
