@@ -48,9 +48,12 @@ class Step:
 
     def sampled(self) -> list[Request]:
         """Those whose last known token is computed, each with the followers that start from it."""
-        return [member for request, n in zip(self.requests, self.num_tokens)
-                if request.num_computed_tokens + n == len(request.token_ids)
-                for member in (request, *request.followers)]
+        sampled = []
+        for request, num_tokens in zip(self.requests, self.num_tokens):
+            if request.num_computed_tokens + num_tokens == len(request.token_ids):
+                sampled.append(request)
+                sampled += request.followers
+        return sampled
 
 
 class Scheduler:
@@ -70,6 +73,7 @@ class Scheduler:
                  admission: Policy = watermark(0.01), swap_blocks: int = 0, max_waiting: int | None = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.allocator = allocator
+        self.block_size = allocator.block_size
         self.max_num_seqs = require_int("max_num_seqs", max_num_seqs, 1)
         self.max_num_batched_tokens = require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
         self.max_model_len = require_int("max_model_len", max_model_len, 2)
@@ -106,7 +110,7 @@ class Scheduler:
         if blocks > pool:
             raise ValueError(f"the request can never fit: its {request.num_prompt_tokens} prompt tokens and up to "
                              f"{max_length - request.num_prompt_tokens} output tokens need {blocks} blocks of "
-                             f"{self.allocator.block_size}, and the whole pool has {pool}: lower max_tokens, or raise "
+                             f"{self.block_size}, and the whole pool has {pool}: lower max_tokens, or raise "
                              "num_blocks")
         now = self.clock()
         for member in members:
@@ -136,18 +140,18 @@ class Scheduler:
 
     def _plan(self, request: Request, step: Step) -> bool:
         """Gives a request its tokens of this step, and the blocks to write them; False: it gave way itself."""
-        known, start, table = len(request.token_ids), request.num_computed_tokens, request.block_table
-        num_tokens = known - start
+        start, table = request.num_computed_tokens, request.block_table
+        num_tokens = len(request.token_ids) - start
         if num_tokens > step.budget:
             num_tokens = step.budget
-        allocator = self.allocator
-        missing = self._blocks_for(start + num_tokens) - len(table)  # below 0 after a plan that was not carried out
-        if missing > 0 or request.has_siblings:
-            while allocator.num_available < max(missing, 0) + self._shares_tail(request):
+        if start + num_tokens > len(table) * self.block_size or request.has_siblings:
+            allocator = self.allocator
+            missing = max(0, self._blocks_for(start + num_tokens) - len(table))  # a plan not carried out took some
+            while allocator.num_available < missing + self._shares_tail(request):
                 if not self._give_way(request, step):
                     return False
             if self._shares_tail(request):  # copy-on-write; asked again, since who gave way may have been the other
-                tail = start // allocator.block_size
+                tail = start // self.block_size
                 self.moves.append(BlockMove("copy", table[tail], allocator.fork(table[tail])))
                 table[tail] = self.moves[-1].target
             table.extend(allocator.take() for _ in range(missing))
@@ -159,7 +163,7 @@ class Scheduler:
 
     def _shares_tail(self, request: Request) -> bool:
         """Whether the block that the request writes next is partly filled, and held by a sibling too."""
-        tail, filled = divmod(request.num_computed_tokens, self.allocator.block_size)
+        tail, filled = divmod(request.num_computed_tokens, self.block_size)
         return request.has_siblings and filled > 0 and self.allocator.ref_count(request.block_table[tail]) > 1
 
     def _give_way(self, request: Request, step: Step) -> bool:
@@ -214,9 +218,9 @@ class Scheduler:
             request.metrics.waiting_s += self.clock() - request.waiting_since
             allocator.take_prefix(prefix)
             request.block_table.extend(prefix)
-            hit = len(prefix) * allocator.block_size
+            hit = len(prefix) * self.block_size
             request.num_computed_tokens = self.swap.swap_in(request)
-            for i in range(len(prefix), request.num_computed_tokens // allocator.block_size):
+            for i in range(len(prefix), request.num_computed_tokens // self.block_size):
                 self._publish(request, i)
             self.stats.swapped_in_tokens += request.num_computed_tokens - hit
             request.metrics.prefix_hit_tokens += hit
@@ -228,7 +232,7 @@ class Scheduler:
             self._plan(request, step)
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.allocator.block_size)
+        return -(-num_tokens // self.block_size)
 
     def update(self, step: Step, token_ids: Sequence[int], stopped: Container[str] = ()) -> None:
         """Records that a step's tokens were computed, and what was sampled.
@@ -236,7 +240,7 @@ class Scheduler:
         `token_ids` has one token for each of `step.sampled()`, in that order; `stopped` the ids of
         requests whose text reaches a stop string with it.
         """
-        allocator, block_size, now = self.allocator, self.allocator.block_size, self.clock()
+        allocator, block_size, now = self.allocator, self.block_size, self.clock()
         next_token = iter(token_ids)
         recomputed, finished_before = 0, self.stats.num_finished
         started: dict[str, list[Request]] = {}  # followers, by the request that they follow
@@ -247,12 +251,13 @@ class Scheduler:
                 again = min(end, request.most_computed_tokens) - start
                 request.metrics.recomputed_tokens += again
                 recomputed += again
-            full_blocks, rest = divmod(end, block_size)
-            for i in range(start // block_size, full_blocks):
-                allocator.fill(request.block_table[i], block_size)
-                self._publish(request, i)
-            if rest:
-                allocator.fill(request.block_table[full_blocks], rest)
+            tail, filled = divmod(end, block_size)
+            if num_tokens > filled:  # it has reached the ends of blocks
+                for i in range(start // block_size, tail):
+                    allocator.fill(request.block_table[i], block_size)
+                    self._publish(request, i)
+            if filled:
+                allocator.fill(request.block_table[tail], filled)
             if end == len(request.token_ids):
                 token = next(next_token)
                 if request.followers:
@@ -286,7 +291,7 @@ class Scheduler:
 
     def _publish(self, request: Request, i: int) -> None:
         """Makes logical block `i` findable; where an equal block is there already, holds that one."""
-        table, block_size = request.block_table, self.allocator.block_size
+        table, block_size = request.block_table, self.block_size
         tokens = request.token_ids[i * block_size : (i + 1) * block_size]
         table[i] = self.allocator.publish(table[i], table[i - 1] if i else None, tokens)
 
