@@ -56,7 +56,9 @@ class LLM:
         gpu_memory_utilization: share of a GPU's memory to use in all, in (0, 1]. On a CPU, which
             other programs share, the pool takes a quarter of this share of what is free.
         max_model_len: longest prompt plus output, in tokens; None: the model's context.
-        max_num_seqs, max_num_batched_tokens: requests and tokens in one step at most.
+        max_num_seqs: requests in one step at most.
+        max_num_batched_tokens: tokens in one step at most; None: 2048 on a GPU, and 512 on a CPU, where
+            what a layer passes to the next operation then stays in the processor's cache.
         enable_prefix_caching: let requests with an equal beginning share its blocks.
         admission: whom to let in: "watermark" (who fits while this share of the pool stays free),
             "reserve" (who fits at full length: nobody is ever preempted), "greedy" (who fits this
@@ -78,7 +80,7 @@ class LLM:
     def __init__(self, model: str | os.PathLike | GPT2 = "copycat", device: str = "auto", dtype: str = "auto",
                  attention: str = "auto", block_size: int = 16, num_blocks: int | None = None,
                  gpu_memory_utilization: float = 0.9, max_model_len: int | None = None, max_num_seqs: int = 256,
-                 max_num_batched_tokens: int = 2048, enable_prefix_caching: bool = True, watermark: float = 0.01,
+                 max_num_batched_tokens: int | None = None, enable_prefix_caching: bool = True, watermark: float = 0.01,
                  admission: str | Policy = "watermark", max_waiting: int | None = None, preemption: str = "recompute",
                  swap_blocks: int = 1024, seed: int = 0, tokenizer: Tokenizer | None = None, compile: bool = False,
                  enforce_eager: bool = False) -> None:
@@ -101,6 +103,8 @@ class LLM:
         require_choice("enable_prefix_caching", enable_prefix_caching, (True, False))
         require_choice("enforce_eager", enforce_eager, (True, False))
         require_int("max_num_seqs", max_num_seqs, 1)
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = 2048 if self.device.type == "cuda" else 512
         require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
         self.seed = require_seed("seed", seed)
         if not isinstance(model, (str, os.PathLike, GPT2)):

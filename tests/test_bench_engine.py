@@ -12,7 +12,7 @@ from oracle import continue_densely, tiny_model
 from nanopaged import SamplingParams
 from nanopaged.bench.__main__ import main
 from nanopaged.bench.engine import Workload
-from nanopaged.bench.static_batch import generate_static, static_cache_tokens
+from nanopaged.bench.static_batch import generate_static, static_cache, static_cache_tokens
 from nanopaged.gpt2 import GPT2Config
 
 TINY = ["engine", "--layers", "1", "--width", "64", "--max-prompt", "24", "--max-output", "8", "--no-compile"]
@@ -24,13 +24,16 @@ def test_a_static_batch_gives_each_request_the_tokens_of_the_dense_model(prefill
     model = tiny_model(GPT2Config(vocab_size=61, n_positions=96, n_embd=32, n_layer=2, n_head=2, n_kv_head=n_kv_head))
     prompts = [[1], [7, 3, 9, 60, 2], list(range(13)), [5, 5, 5]]
     output_lens = [9, 1, 20, 4]
-    outputs = generate_static(model, prompts, output_lens, prefill_rows)
+    outputs = generate_static(model, prompts, output_lens, static_cache(model, prompts, output_lens), prefill_rows)
     assert outputs == [continue_densely(model, prompt, SamplingParams(temperature=0.0, max_tokens=length))
                        for prompt, length in zip(prompts, output_lens)]
 
 
 def test_a_static_batch_takes_memory_for_each_request_at_the_longest() -> None:
-    assert static_cache_tokens([[1] * 3, [1] * 10], [7, 2]) == 2 * (10 + 7 - 1)
+    prompts, output_lens = [[1] * 3, [1] * 10], [7, 2]
+    assert static_cache_tokens(prompts, output_lens) == 2 * (10 + 7 - 1)
+    model = tiny_model(GPT2Config(vocab_size=61, n_positions=96, n_embd=32, n_layer=2, n_head=2, n_kv_head=1))
+    assert static_cache(model, prompts, output_lens).shape == (2, 2, 2, 1, 16, 16)
 
 
 def test_the_workload_is_the_same_for_the_same_seed_and_within_its_bounds() -> None:
@@ -77,19 +80,20 @@ def test_the_floor_is_made_of_the_matrix_products_of_the_very_step(monkeypatch: 
     monkeypatch.setattr("nanopaged.bench.engine.project", project)
     assert main([*TINY, "--requests", "1"]) == 0
     work = Workload.mixed(1, 24, 8, seed=0)
-    steps = [len(work.prompts[0])] + [1] * ((work.output_lens[0] - 1) // 2)  # of the decodes, every other one
+    decodes = work.output_lens[0] - 1
+    steps = [len(work.prompts[0])] + [1] * (1 + decodes // 2)  # of the decodes the first, and then every other one
     assert products == [product for rows in steps
                         for product in ((rows, 192), (rows, 64), (rows, 256), (rows, 64), (1, GPT2Config.vocab_size))]
 
 
 def test_the_command_predicts_what_sharing_a_prefix_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "figures.json"
-    assert main([*TINY, "--requests", "6", "--shared-prefix", "800", "--json", str(file)]) == 0
+    assert main([*TINY, "--requests", "6", "--shared-prefix", "512", "--json", str(file)]) == 0
     run, = json.loads(file.read_text())["figures"]["shared_prefix"]
-    prompts = Workload.mixed(6, 24, 8, seed=0, prefix_len=800).prompts
+    prompts = Workload.mixed(6, 24, 8, seed=0, prefix_len=512).prompts
     assert run["computed_off"] == sum(map(len, prompts))
-    # The first two fill a step together, and the third begins in it: the others find the prefix.
-    assert run["computed_on"] == sum(map(len, prompts)) - 3 * 800
+    # The first step computes 512 tokens of the first request, and the other five find them.
+    assert run["computed_on"] == sum(map(len, prompts)) - 5 * 512
     assert run["predicted"] == run["computed_off"] / run["computed_on"]
     assert "predict" in capsys.readouterr().out
 

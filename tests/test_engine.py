@@ -241,6 +241,11 @@ def test_the_pool_is_sized_from_free_memory_but_never_larger_than_useful(monkeyp
     assert LLM(tiny_model(), device="cpu", block_size=8).stats().num_blocks == 10
 
 
+def test_a_step_on_a_cpu_has_512_tokens_unless_told_otherwise() -> None:
+    assert LLM(tiny_model(), device="cpu", num_blocks=4).scheduler.max_num_batched_tokens == 512
+    assert LLM(tiny_model(), device="cpu", num_blocks=4, max_num_batched_tokens=7).scheduler.max_num_batched_tokens == 7
+
+
 def test_the_users_own_model_is_left_as_it_is() -> None:
     model = tiny_model()
     LLM(model, device="cpu", dtype="bfloat16", num_blocks=4)

@@ -15,7 +15,7 @@ import torch
 
 from nanopaged.batch import Batch
 from nanopaged.checkpoint import from_state_dict
-from nanopaged.gpt2 import GPT2, GPT2Config
+from nanopaged.gpt2 import FEW_ROWS, GPT2, GPT2Config, project
 from nanopaged.torch_attention import TORCH
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
@@ -192,3 +192,12 @@ def test_the_default_config_is_gpt2_small() -> None:
         num_parameters = sum(parameter.numel() for parameter in GPT2(config).parameters())
     assert num_parameters == 124_439_808
     assert (config.head_dim, config.num_kv_heads) == (64, 12)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 8, 9, 16, 31, 64, FEW_ROWS - 1, FEW_ROWS, FEW_ROWS + 1])
+def test_a_projection_is_the_same_product_for_any_number_of_rows_in_any_layout(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((rows, 12), (7, 12), (7,)))
+    for layout in (x, x.t().contiguous().t(), torch.randn(rows, 24)[:, ::2].copy_(x)):
+        torch.testing.assert_close(project(layout, weight, bias), x @ weight.t() + bias)
+        torch.testing.assert_close(project(layout, weight), x @ weight.t())

@@ -19,14 +19,14 @@ import torch
 from nanopaged import LLM, SamplingParams
 from nanopaged.batch import Batch
 from nanopaged.bench.model import random_gpt2
-from nanopaged.bench.static_batch import generate_static, static_cache_tokens
+from nanopaged.bench.static_batch import generate_static, static_cache, static_cache_tokens
 from nanopaged.gpt2 import GPT2, GPT2Config, project
 from nanopaged.kv_cache import block_bytes
 from nanopaged.report import show_progress, table
 from nanopaged.validation import require_int
 
 BLOCK_SIZE = 16
-STEP_TOKENS = 2048  # rows of a step at most, for the paged engine and for static prefill
+STEP_TOKENS = 512  # rows of a step at most, for the paged engine (its default on a CPU) and for static prefill
 ALONE = 2  # requests that are run one at a time: enough for a rate, and two minutes less than all of them
 
 
@@ -65,6 +65,7 @@ class Floor:
         self.wide = torch.randn(STEP_TOKENS, config.n_inner or 4 * config.n_embd, dtype=dtype)
         self.narrow = torch.randn(STEP_TOKENS, config.n_embd, dtype=dtype)
         self.bytes_per_s = self._read_speed()
+        self.timed = (0, 0)  # rows, and sampled rows, of the products that were timed last
         self.products_s = 0.0
 
     @staticmethod
@@ -78,9 +79,10 @@ class Floor:
         return large.nbytes / best
 
     def seconds(self, batch: Batch, step: int) -> float:
-        """Steps that only decode are timed every other time: from one to the next few rows end, at most."""
-        if batch.max_query_len > 1 or step % 2 == 0:
-            self.products_s = self._products(len(batch.token_ids), len(batch.logits_rows))
+        """Of a step; where it has as many rows as the one before, its products are timed every other time."""
+        rows = len(batch.token_ids), len(batch.logits_rows)
+        if rows != self.timed or step % 2 == 0:
+            self.timed, self.products_s = rows, self._products(*rows)
         return self.products_s + int(batch.seq_lens.sum()) * self.kv_token_bytes / self.bytes_per_s
 
     @torch.inference_mode()
@@ -142,6 +144,7 @@ def _engine(model: GPT2, work: Workload, compile: bool, seats: int | None = None
     blocks = sum(-(-(len(prompt) + length) // BLOCK_SIZE) for prompt, length in zip(work.prompts, work.output_lens))
     llm = LLM(model, device="cpu", block_size=BLOCK_SIZE, num_blocks=blocks, max_num_seqs=seats or len(work.prompts),
               max_num_batched_tokens=STEP_TOKENS, watermark=0.0, enable_prefix_caching=sharing, compile=compile)
+    llm.kv_cache.blocks.zero_()  # what was never written is not in memory yet: a server's pool soon is
     llm.generate([[0]], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
     return llm
 
@@ -196,16 +199,18 @@ def _static(model: GPT2, work: Workload, kv_tokens: int) -> dict[str, float]:
     room = max(1, kv_tokens // static_cache_tokens([max(work.prompts, key=len)], work.output_lens))
     seats = -(-count // -(-count // room))
     done = steps = used = 0
-    start = time.perf_counter()
+    seconds = 0.0
     for i in range(0, -(-count // 2), seats):
         prompts, output_lens = work.prompts[i : i + seats], work.output_lens[i : i + seats]
-        generate_static(model, prompts, output_lens, STEP_TOKENS, lambda tokens: show_progress(
+        cache = static_cache(model, prompts, output_lens)
+        start = time.perf_counter()
+        generate_static(model, prompts, output_lens, cache, STEP_TOKENS, lambda tokens: show_progress(
             f"static batches, {count} requests: {done + tokens} tokens"))
+        seconds += time.perf_counter() - start
         done, steps = done + sum(output_lens), steps + max(output_lens)
-        used = max(used, static_cache_tokens(prompts, output_lens))
-    seconds = time.perf_counter() - start
+        used = max(used, cache.nbytes)
     return {"seats": seats, "output_tokens": done, "steps": steps, "seconds": seconds, "tokens_per_s": done / seconds,
-            "kv_mib": used * block_bytes(model.config, 1, torch.float32) / 2**20}
+            "kv_mib": used / 2**20}
 
 
 def _compare(model: GPT2, count: int, alone: dict[str, float], args: argparse.Namespace) -> dict[str, object]:

@@ -16,30 +16,34 @@ from nanopaged.gpt2 import GPT2, project
 
 
 def static_cache_tokens(prompts: Sequence[list[int]], output_lens: Sequence[int]) -> int:
-    """Tokens of KV that the batch's cache has room for."""
+    """Tokens of KV that the batch's cache has room for; the last token's K and V are never read."""
     return len(prompts) * (max(map(len, prompts)) + max(output_lens) - 1)
 
 
+def static_cache(model: GPT2, prompts: Sequence[list[int]], output_lens: Sequence[int]) -> torch.Tensor:
+    """The batch's cache, its memory touched: (n_layer, 2, B, num_kv_heads, longest, head_dim)."""
+    config, longest = model.config, static_cache_tokens(prompts, output_lens) // len(prompts)
+    return torch.zeros(config.n_layer, 2, len(prompts), config.num_kv_heads, longest, config.head_dim,
+                       device=model.wte.weight.device, dtype=model.wte.weight.dtype)
+
+
 @torch.inference_mode()
-def generate_static(model: GPT2, prompts: Sequence[list[int]], output_lens: Sequence[int], prefill_rows: int,
-                    after_step: Callable[[int], None] = lambda num_tokens: None) -> list[list[int]]:
+def generate_static(model: GPT2, prompts: Sequence[list[int]], output_lens: Sequence[int], cache: torch.Tensor,
+                    prefill_rows: int, after_step: Callable[[int], None] = lambda num_tokens: None) -> list[list[int]]:
     """Continues one batch of B prompts greedily.
 
     Args:
         output_lens: tokens to generate for each prompt.
+        cache: of `static_cache`; written in place.
         prefill_rows: tokens, with padding, that are computed at once while prompts are read (whole
             prompts, at least one), so that the baseline's intermediate results stay as small as a step's.
         after_step: called with the output tokens, of all requests, that are done.
 
     Returns the output tokens of each.
     """
-    config, device, dtype = model.config, model.wte.weight.device, model.wte.weight.dtype
-    batch, width = len(prompts), max(map(len, prompts))
-    longest = width + max(output_lens) - 1  # the last token's K and V are never read
+    device, batch, width = cache.device, len(prompts), max(map(len, prompts))
     padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)  # (B,)
     token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, width)
-    cache = torch.zeros(config.n_layer, 2, batch, config.num_kv_heads, longest, config.head_dim, device=device,
-                        dtype=dtype)
 
     def forward(rows: slice, token_ids: torch.Tensor, start: int) -> torch.Tensor:
         """The likeliest token after columns start, ..., start + T - 1 of some rows: (b, T) -> (b,)."""
