@@ -55,7 +55,7 @@ def test_the_command_compares_the_engine_with_its_floor_and_the_baselines(
     file = tmp_path / "figures.json"
     assert main([*TINY, "--requests", "3", "6", "--json", str(file)]) == 0
     kept = json.loads(file.read_text())
-    assert kept["arguments"]["requests"] == [3, 6]
+    assert kept["arguments"]["requests"] == [3, 6] and kept["figures"]["threads"] == torch.get_num_threads()
     for run, count in zip(kept["figures"]["runs"], (3, 6), strict=True):
         work = Workload.mixed(count, 24, 8, seed=0)
         assert run["output_tokens"] == work.output_tokens
@@ -101,6 +101,7 @@ def test_the_command_predicts_what_sharing_a_prefix_saves(tmp_path: Path, capsys
 @pytest.mark.parametrize("arguments, message", [
     (["--requests", "0"], "--requests must be at least 1"),
     (["--width", "65"], "multiple of 64"),
+    (["--seed", str(2**63)], "seed must be from 0 to 9223372036854775807"),
     (["--shared-prefix", "1000"], "1024 tokens together"),
     (["--max-output", "0"], "--max-output must be at least 1"),
 ])

@@ -125,18 +125,19 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         raise ValueError(f"prefix, prompt and output may have {GPT2Config.n_positions} tokens together, got {longest}")
     if args.width % 64:
         raise ValueError(f"--width must be a multiple of 64, got {args.width}")
-    model = random_gpt2(args.layers, args.width, args.seed)
+    model, threads = random_gpt2(args.layers, args.width, args.seed), torch.get_num_threads()
     if args.shared_prefix:
-        return {"shared_prefix": [_prefix_sharing(model, count, args) for count in counts]}
+        return {"threads": threads, "shared_prefix": [_prefix_sharing(model, count, args) for count in counts]}
     largest = Workload.mixed(max(counts), args.max_prompt, args.max_output, args.seed)
     alone = _one_at_a_time(model, largest.sample(ALONE))
-    print(f"GPT-2, {args.layers} layers of {args.width}, float32, {torch.get_num_threads()} threads; output tokens/s, "
+    print(f"GPT-2, {args.layers} layers of {args.width}, float32, {threads} threads; output tokens/s, "
           "more is better.\n"
           '"of floor": 1 would be the time of the steps\' matrix products and of one reading of the KV, nothing else.\n'
           "Static: batches padded to the longest, of as many requests as fit the paged run's most KV memory.\n"
           "Static and one at a time are rates of a sample: of whole batches with half of the requests, "
           f"and of {ALONE} requests.")
-    return {"one_at_a_time": alone, "runs": [_compare(model, count, alone, args) for count in counts]}
+    return {"threads": threads, "one_at_a_time": alone,
+            "runs": [_compare(model, count, alone, args) for count in counts]}
 
 
 def _engine(model: GPT2, work: Workload, compile: bool, seats: int | None = None, sharing: bool = True) -> LLM:
