@@ -126,6 +126,7 @@ class TraceSummary(NamedTuple):
     """What a trace holds, from reading it once."""
 
     requests: int
+    first_arrival_s: float
     last_arrival_s: float
     mean_prompt: float  # tokens
     mean_output: float
@@ -133,11 +134,12 @@ class TraceSummary(NamedTuple):
 
 def summarize(trace: Trace) -> TraceSummary:
     """Reads a trace to its end, so that a damaged one is refused before anything is simulated."""
-    requests, last_arrival_s, prompt, output = 0, 0.0, 0, 0
+    requests, first_arrival_s, last_arrival_s, prompt, output = 0, 0.0, 0.0, 0, 0
     for request in trace():
-        requests, last_arrival_s = requests + 1, request.arrival_s
-        prompt, output = prompt + len(request.prompt), output + request.output_tokens
-    return TraceSummary(requests, last_arrival_s, prompt / requests, output / requests)
+        last_arrival_s = request.arrival_s
+        first_arrival_s = first_arrival_s if requests else last_arrival_s
+        requests, prompt, output = requests + 1, prompt + len(request.prompt), output + request.output_tokens
+    return TraceSummary(requests, first_arrival_s, last_arrival_s, prompt / requests, output / requests)
 
 
 @dataclass
@@ -163,8 +165,9 @@ class Averages:
 class Result:
     """One server's run. Memory, batch and throughput are averages over the time in which requests arrive.
 
-    That time is the same for all servers, and it leaves out the end, when they only run empty. Where
-    all requests arrive at once it is the whole run. Latencies and counts are of all requests.
+    That time, from the first arrival to the last, is the same for all servers, and it leaves out the end,
+    when they only run empty. Where all requests arrive at once it is the whole run. Latencies and counts
+    are of all requests.
     """
 
     memory: dict[str, float]  # share of the whole KV memory, by the fields of MemoryUse
@@ -175,7 +178,7 @@ class Result:
     ttft_p99_s: float | None
     tbt_p50_s: float | None  # time between tokens, of every two that follow each other
     tbt_p99_s: float | None
-    simulated_s: float  # of the whole run
+    simulated_s: float  # of the whole run, from the first arrival on
     goodput: float  # share of the computed tokens that were computed for the first time
     hit_share: float  # of prompt tokens: found in the pool instead of computed
     counts: SchedulerStats
@@ -183,18 +186,21 @@ class Result:
 
 def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock, cost: StepCost,
              progress: Callable[[int], None] = lambda finished: None) -> Result:
-    """Serves a whole trace.
+    """Serves a whole trace; the clock starts at its first arrival.
 
     Memory does not grow with the trace: of what has arrived only as much is queued as one step could
     admit. That changes no decision, since the queue is served in order.
 
     Args:
-        measure_until_s: where the averages end, usually `TraceSummary.last_arrival_s`; 0: with the run.
+        measure_until_s: where the averages end, usually `TraceSummary.last_arrival_s`. Where that is not after the
+            first arrival, they end with the run.
         server: empty, with `clock` for its clock.
         progress: told now and then how many requests have finished.
     """
     arrivals, averages, first_tokens, gaps = enumerate(trace()), Averages(), Histogram(), Histogram()
-    index, upcoming = next(arrivals, (0, None))
+    index, upcoming = next(arrivals)
+    start = clock.now = upcoming.arrival_s
+    until = measure_until_s if measure_until_s > start else math.inf
     while upcoming or server.has_unfinished():
         while upcoming and upcoming.arrival_s <= clock.now and len(server.waiting) < server.max_num_seqs:
             _add(server, upcoming, index)
@@ -206,7 +212,7 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
         step = server.schedule()
         sampled, computed = step.sampled(), sum(step.num_tokens)
         seconds = cost.seconds(computed, computed + sum([request.num_computed_tokens for request in step.requests]))
-        if clock.now <= (measure_until_s or math.inf):
+        if clock.now <= until:
             refused = bool(server.waiting) and step.budget > 0 and len(server.running) < server.max_num_seqs
             averages.add(seconds, server.memory(computed, refused), len(step.requests),
                          sum([len(request.block_table) for request in step.requests]), len(sampled))
@@ -215,7 +221,7 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
         server.update(step, [0] * len(sampled))
         if server.stats.num_steps % 256 == 0:
             progress(server.stats.num_finished)
-    return _result(averages, first_tokens, gaps, clock.now, server.stats)
+    return _result(averages, first_tokens, gaps, clock.now - start, server.stats)
 
 
 def _add(server: Server, arrival: TraceRequest, index: int) -> None:
@@ -236,12 +242,13 @@ def _record_latencies(sampled: Sequence[Request], now: float, first_tokens: Hist
         gaps.add(now - before, requests)
 
 
-def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, now: float, stats: SchedulerStats) -> Result:
+def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, simulated_s: float,
+            stats: SchedulerStats) -> Result:
     slots, seconds = sum(averages.memory), averages.seconds
     return Result(
         memory={name: share / slots for name, share in zip(MemoryUse._fields, averages.memory)},
         average_batch=averages.requests / seconds, average_table=averages.table_entries / averages.requests,
         tokens_per_s=averages.output_tokens / seconds, ttft_p50_s=first_tokens.percentile(50),
         ttft_p99_s=first_tokens.percentile(99), tbt_p50_s=gaps.percentile(50), tbt_p99_s=gaps.percentile(99),
-        simulated_s=now, goodput=1 - stats.recomputed_tokens / stats.computed_tokens,
+        simulated_s=simulated_s, goodput=1 - stats.recomputed_tokens / stats.computed_tokens,
         hit_share=stats.prompt_hit_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0, counts=stats)

@@ -101,7 +101,19 @@ def test_idle_time_is_skipped_and_counts_as_free_memory() -> None:
 def test_a_trace_of_one_request_has_averages_too() -> None:
     clock, trace = Clock(), fixed((5.0, 3, 2))
     result = serve(trace, summarize(trace).last_arrival_s, paged(clock, 8), clock, SECOND)
-    assert result.average_table == 1 and result.tbt_p50_s == pytest.approx(1.0, rel=0.01) and result.simulated_s == 7
+    assert result.average_table == 1 and result.tbt_p50_s == pytest.approx(1.0, rel=0.01) and result.simulated_s == 2
+
+
+@pytest.mark.parametrize("start", [3600.0, 1.7e9])
+@pytest.mark.parametrize("last", [0.0, 20.0])
+def test_averages_start_with_the_first_arrival_whatever_the_time_of_day(start: float, last: float) -> None:
+    """Also where all arrive at once, and the averages are over the whole run."""
+    results = []
+    for midnight in (0.0, start):
+        clock, trace = Clock(), fixed((midnight, 3, 9), (midnight, 3, 3), (midnight + last, 2, 30))
+        results.append(asdict(serve(trace, summarize(trace).last_arrival_s, paged(clock, 16), clock, SECOND)))
+    assert results[0] == results[1]
+    assert summarize(trace)[1:3] == (start, start + last)
 
 
 def test_averages_end_where_they_are_told_to() -> None:
