@@ -126,7 +126,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     wall_s = time.perf_counter() - start
     show_progress("")
     print(f"{summary.requests:,} requests in {summary.last_arrival_s - summary.first_arrival_s:,.0f} s, of "
-          f"{summary.mean_prompt:.0f} prompt and {summary.mean_output:.0f} output tokens on average; {args.slots:,} slots of KV memory, one a token.\n"
+          f"{summary.mean_prompt:.0f} prompt and {summary.mean_output:.0f} output tokens on average; "
+          f"{args.slots:,} slots of KV memory, one a token.\n"
           f"A step takes {cost.fixed_s * 1e3:g} ms, and {cost.per_token_s * 1e3:g} ms for each token computed, and "
           f"{cost.per_kv_token_s * 1e3:g} ms for each token of context read.\nSimulated in {wall_s:.1f} s.")
     for rows, columns, explanation in TABLES[args.sweep]:

@@ -30,6 +30,8 @@ from nanopaged.validation import require_number
 
 Trace = Callable[[], Iterator[TraceRequest]]  # each call begins the same trace anew
 
+SHORTEST_STEP_S = 1e-5  # still moves a clock that shows traces.LATEST_ARRIVAL_S
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -47,9 +49,8 @@ class StepCost:
 
     def __post_init__(self) -> None:
         for name in ("fixed_s", "per_token_s", "per_kv_token_s"):
-            require_number(name, getattr(self, name), 0.0)
-        if self.fixed_s == 0:
-            raise ValueError("fixed_s must be above 0: with steps that take no time nothing would ever arrive")
+            # Every step must move the clock, and the sum of all must stay a number.
+            require_number(name, getattr(self, name), SHORTEST_STEP_S if name == "fixed_s" else 0.0, 1000.0)
 
     def seconds(self, num_tokens: int, context_tokens: int) -> float:
         """Of a step that computes `num_tokens`, for requests whose contexts add up to `context_tokens`."""

@@ -20,9 +20,10 @@ from nanopaged.block_allocator import BlockAllocator
 from nanopaged.contiguous import RESERVATIONS, ContiguousAllocator, ContiguousScheduler, MemoryUse
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
-from nanopaged.simulator import Averages, Clock, Histogram, PagedServer, Result, Server, StepCost, Trace, summarize
+from nanopaged.simulator import (SHORTEST_STEP_S, Averages, Clock, Histogram, PagedServer, Result, Server, StepCost,
+                                 Trace, summarize)
 from nanopaged.simulator import simulate as serve
-from nanopaged.traces import DATASETS, TraceRequest
+from nanopaged.traces import DATASETS, LATEST_ARRIVAL_S, TraceRequest
 
 ROOT = Path(__file__).parents[1]
 SECOND = StepCost(1.0, 0.0, 0.0)  # every step takes one
@@ -72,6 +73,13 @@ def test_a_run_of_two_requests_adds_up_by_hand() -> None:
     assert result.ttft_p50_s == result.ttft_p99_s == pytest.approx(1.0, rel=0.01)
     assert result.tbt_p50_s == result.tbt_p99_s == pytest.approx(1.0, rel=0.01)
     assert result.goodput == 1 and result.hit_share == 0
+
+
+def test_the_shortest_step_moves_the_clock_even_at_the_latest_arrival() -> None:
+    clock = Clock()
+    result = serve(fixed((LATEST_ARRIVAL_S, 3, 9)), 0, paged(clock, 8), clock, StepCost(SHORTEST_STEP_S, 0.0, 0.0))
+    assert result.simulated_s == pytest.approx(9 * SHORTEST_STEP_S, rel=0.2)
+    assert result.tbt_p99_s == pytest.approx(SHORTEST_STEP_S, rel=0.2)
 
 
 def test_time_to_first_token_counts_from_the_arrival_even_in_the_middle_of_a_step() -> None:
@@ -136,7 +144,7 @@ def test_the_cost_of_a_step_is_what_its_three_parts_say() -> None:
     assert result.simulated_s == pytest.approx(3 * 1.0 + 0.1 * (5 + 1 + 1) + 0.01 * (5 + 6 + 7))
 
 
-@pytest.mark.parametrize("values", [(0.0, 1.0, 1.0), (1.0, -1.0, 0.0), (1.0, 0.0, math.nan)])
+@pytest.mark.parametrize("values", [(0.0, 1.0, 1.0), (1.0, -1.0, 0.0), (1.0, 0.0, math.nan), (1.0, 1e308, 0.0)])
 def test_a_cost_that_cannot_be_is_refused(values: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError):
         StepCost(*values)
@@ -299,11 +307,12 @@ def test_smaller_blocks_waste_less_share_more_and_need_longer_tables(tmp_path: P
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--requests", "0"], "num_requests must be at least 1"), (["--rate", "0"], "rate must be above 0"),
+    (["--requests", "0"], "num_requests must be at least 1"), (["--rate", "1e-300"], "rate must be at least 0.0001"),
     (["--rate", "nan"], "rate must be finite"), (["--slots", "0"], "slots must be at least 1"),
     (["--slots", "500"], "can never fit"), (["--block-size", "0"], "block_size must be from 1"),
     (["--block-size", "99999"], "block_size must be from 1 to 15700"), (["--max-model-len", "99"], "raise max_model_l"),
-    (["--fixed-s", "0"], "fixed_s must be above 0"), (["--watermark", "2"], "watermark must be from 0.0 to 1.0"),
+    (["--fixed-s", "0"], "fixed_s must be from 1e-05 to"), (["--watermark", "2"], "watermark must be from 0.0 to 1.0"),
+    (["--per-token-s", "1e308"], "per_token_s must be from 0.0 to 1000.0"),
     (["--swap-blocks", "-1"], "swap_blocks must be at least 0"), (["--max-num-seqs", "0"], "must be at least 1"),
     (["--shared-prefix", "7"], "shared_prefix must be from"), (["--trace", "no/such/file"], "no/such/file"),
     (["--dataset", "other"], "invalid choice"), (["--servers", "orca"], "invalid choice"),
