@@ -74,7 +74,9 @@ class Server(Protocol):
     waiting: OrderedDict[str, Request]
     max_num_seqs: int
     stats: SchedulerStats
+    longest: int  # slots that one request can have
 
+    def slots_for(self, request: Request) -> int: ...
     def add(self, request: Request) -> None: ...
     def schedule(self) -> Step: ...
     def update(self, step: Step, token_ids: Sequence[int]) -> None: ...
@@ -85,6 +87,16 @@ class Server(Protocol):
 class PagedServer(Scheduler):
     """The engine's scheduler, with its memory counted as the baselines count theirs."""
 
+    left_over = 0  # slots of the memory that make no whole block
+
+    @property
+    def longest(self) -> int:
+        return self.allocator.num_blocks * self.block_size
+
+    def slots_for(self, request: Request) -> int:
+        """Those of its blocks at full length, which can be `longest` at most."""
+        return self._blocks_for(request.max_length - 1) * self.block_size
+
     def schedule(self) -> Step:
         """As the engine's. Blocks have no contents here, so their moves are done as soon as they are planned."""
         step = super().schedule()
@@ -94,12 +106,14 @@ class PagedServer(Scheduler):
     def memory(self, writing: int, refused: bool) -> MemoryUse:
         """What the slots hold during a step; O(1). A shared block counts once, a cached one as free.
 
-        Nothing is reserved. Internal waste is whatever the blocks in use have left: the ends of last blocks.
+        Nothing is reserved. Internal waste is whatever the blocks in use have left, the ends of last blocks,
+        and the slots that are too few for a block.
         """
         stats = self.allocator.stats()
         tokens = stats.filled_slots + writing
         free = (stats.free_blocks + stats.cached_blocks) * self.allocator.block_size
-        return MemoryUse(tokens, 0, stats.reserved_slots - tokens, free if refused else 0, 0 if refused else free)
+        internal = stats.reserved_slots - tokens + self.left_over
+        return MemoryUse(tokens, 0, internal, free if refused else 0, 0 if refused else free)
 
 
 class Histogram:
@@ -214,8 +228,7 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
         sampled, computed = step.sampled(), sum(step.num_tokens)
         seconds = cost.seconds(computed, computed + sum([request.num_computed_tokens for request in step.requests]))
         if clock.now <= until:
-            refused = bool(server.waiting) and step.budget > 0 and len(server.running) < server.max_num_seqs
-            averages.add(seconds, server.memory(computed, refused), len(step.requests),
+            averages.add(seconds, server.memory(computed, memory_refused(server, step)), len(step.requests),
                          sum([len(request.block_table) for request in step.requests]), len(sampled))
         clock.now += seconds
         _record_latencies(sampled, clock.now, first_tokens, gaps)
@@ -225,9 +238,17 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
     return _result(averages, first_tokens, gaps, clock.now - start, server.stats)
 
 
+def memory_refused(server: Server, step: Step) -> bool:
+    """Whether the head of the queue waits for memory alone: the planned step leaves it a seat, and tokens."""
+    return bool(server.waiting) and step.budget > 0 and len(server.running) < server.max_num_seqs
+
+
+def as_request(arrival: TraceRequest, index: int) -> Request:
+    return Request(str(index), arrival.prompt, SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True))
+
+
 def _add(server: Server, arrival: TraceRequest, index: int) -> None:
-    params = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
-    request = Request(str(index), arrival.prompt, params)
+    request = as_request(arrival, index)
     server.add(request)
     request.metrics.arrival_time = request.waiting_since = arrival.arrival_s  # it came while a step was computed
 
