@@ -102,7 +102,7 @@ def test_a_file_gives_its_requests_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "trace", GOOD, {**GOOD, "arrival_s": 1, "prompt": [4, 4, 2]}, {**GOOD, "arrival_s": 2.5})
     first, second, third = read(path, 2048)
     assert (first.arrival_s, len(first.prompt), first.output_tokens) == (1.0, 5, 3)
-    assert second.prompt == [4, 4, 2] and third.arrival_s == 2.5
+    assert second.prompt == [4, 4, 2] and third.arrival_s == 2.5 and isinstance(second.arrival_s, float)
     assert not set(first.prompt) & set(third.prompt), "prompts given by their length share nothing"
 
 
