@@ -323,7 +323,7 @@ def test_smaller_blocks_waste_less_share_more_and_need_longer_tables(tmp_path: P
     (["--max-model-len", "1000000000000"], "from 2 to 10000000"), (["--sweep", "pool", "--slots", "1"], "0 slots make"),
     (["--fixed-s", "0"], "fixed_s must be from 1e-05"), (["--watermark", "2"], "watermark must be from 0.0 to 1.0"),
     (["--per-token-s", "1e308"], "per_token_s must be from 0.0 to 1000.0"),
-    (["--swap-blocks", "1000000000000"], "from 0 to 10000000"), (["--max-num-seqs", "0"], "must be at least 1"),
+    (["--swap-blocks", "1000000000000"], "from 0 to 1000000, got"), (["--max-num-seqs", "0"], "must be at least 1"),
     (["--shared-prefix", "7"], "shared_prefix must be from"), (["--trace", "no/such/file"], "no/such/file"),
     (["--trace", ""], "No such file"),
     (["--dataset", "other"], "invalid choice"), (["--servers", "orca"], "invalid choice"),
