@@ -149,6 +149,7 @@ class ContiguousScheduler:
     def __init__(self, allocator: ContiguousAllocator | BuddyAllocator, reservation: Reservation, max_num_seqs: int,
                  max_num_batched_tokens: int, max_model_len: int, clock: Callable[[], float]) -> None:
         self.allocator, self.reservation, self.clock = allocator, reservation, clock
+        self.longest = allocator.longest
         self.max_num_seqs = require_int("max_num_seqs", max_num_seqs, 1)
         self.max_num_batched_tokens = require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
         self.max_model_len = require_int("max_model_len", max_model_len, 2)
@@ -160,14 +161,15 @@ class ContiguousScheduler:
 
     def add(self, request: Request) -> None:
         """Puts a request at the end of the queue. Raises ValueError where it could never run."""
-        reserved = self._reserved_slots(request)
-        if reserved > self.allocator.longest or request.max_length > self.max_model_len:
-            raise ValueError(f"the request can never fit: it reserves {reserved} slots of {self.allocator.longest}, "
+        reserved = self.slots_for(request)
+        if reserved > self.longest or request.max_length > self.max_model_len:
+            raise ValueError(f"the request can never fit: it reserves {reserved} slots of {self.longest}, "
                              f"and has {request.max_length} tokens with max_model_len={self.max_model_len}")
         self.waiting[request.request_id] = request
         request.metrics.arrival_time = request.waiting_since = self.clock()
 
-    def _reserved_slots(self, request: Request) -> int:
+    def slots_for(self, request: Request) -> int:
+        """The length of its stretch, which can be `longest` at most."""
         output = self.reservation(request.params.max_tokens, self.max_model_len - request.num_prompt_tokens)
         return request.num_prompt_tokens + output - 1  # the last token's K and V are never read
 
@@ -181,7 +183,7 @@ class ContiguousScheduler:
             self._plan(request, step)
         while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
             request = next(iter(self.waiting.values()))
-            reserved = self._reserved_slots(request)
+            reserved = self.slots_for(request)
             start = self.allocator.take(reserved)
             if start is None:
                 break
@@ -222,7 +224,7 @@ class ContiguousScheduler:
     def _finish(self, request: Request, now: float) -> None:
         self.allocator.give_back(self._stretches.pop(request.request_id))
         self._tokens -= request.num_computed_tokens
-        self._held -= self._reserved_slots(request)
+        self._held -= self.slots_for(request)
         self._needed -= request.max_length - 1
         request.status = RequestStatus.FINISHED
         request.finish_reason = "length"

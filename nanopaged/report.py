@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -80,7 +81,10 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], di
     args = parser.parse_args(arguments)
     try:
         if args.json:
+            existed = os.path.lexists(args.json)
             open(args.json, "a", encoding="utf-8").close()  # fails now, not after minutes of measuring
+            if not existed:
+                os.remove(args.json)  # what fails later leaves no empty file behind
         figures = run(args)
         if args.json:
             chosen = {name: value for name, value in vars(args).items() if not callable(value)}

@@ -30,6 +30,8 @@ from nanopaged.validation import require_number
 
 Trace = Callable[[], Iterator[TraceRequest]]  # each call begins the same trace anew
 
+SHORTEST_STEP_S = 1e-5  # still moves a clock that shows traces.LATEST_ARRIVAL_S
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -47,9 +49,8 @@ class StepCost:
 
     def __post_init__(self) -> None:
         for name in ("fixed_s", "per_token_s", "per_kv_token_s"):
-            require_number(name, getattr(self, name), 0.0)
-        if self.fixed_s == 0:
-            raise ValueError("fixed_s must be above 0: with steps that take no time nothing would ever arrive")
+            # Every step must move the clock, and the sum of all must stay a number.
+            require_number(name, getattr(self, name), SHORTEST_STEP_S if name == "fixed_s" else 0.0, 1000.0)
 
     def seconds(self, num_tokens: int, context_tokens: int) -> float:
         """Of a step that computes `num_tokens`, for requests whose contexts add up to `context_tokens`."""
@@ -73,7 +74,9 @@ class Server(Protocol):
     waiting: OrderedDict[str, Request]
     max_num_seqs: int
     stats: SchedulerStats
+    longest: int  # slots that one request can have
 
+    def slots_for(self, request: Request) -> int: ...
     def add(self, request: Request) -> None: ...
     def schedule(self) -> Step: ...
     def update(self, step: Step, token_ids: Sequence[int]) -> None: ...
@@ -84,6 +87,16 @@ class Server(Protocol):
 class PagedServer(Scheduler):
     """The engine's scheduler, with its memory counted as the baselines count theirs."""
 
+    left_over = 0  # slots of the memory that make no whole block
+
+    @property
+    def longest(self) -> int:
+        return self.allocator.num_blocks * self.block_size
+
+    def slots_for(self, request: Request) -> int:
+        """Those of its blocks at full length, which can be `longest` at most."""
+        return self._blocks_for(request.max_length - 1) * self.block_size
+
     def schedule(self) -> Step:
         """As the engine's. Blocks have no contents here, so their moves are done as soon as they are planned."""
         step = super().schedule()
@@ -93,12 +106,14 @@ class PagedServer(Scheduler):
     def memory(self, writing: int, refused: bool) -> MemoryUse:
         """What the slots hold during a step; O(1). A shared block counts once, a cached one as free.
 
-        Nothing is reserved. Internal waste is whatever the blocks in use have left: the ends of last blocks.
+        Nothing is reserved. Internal waste is whatever the blocks in use have left, the ends of last blocks,
+        and the slots that are too few for a block.
         """
         stats = self.allocator.stats()
         tokens = stats.filled_slots + writing
         free = (stats.free_blocks + stats.cached_blocks) * self.allocator.block_size
-        return MemoryUse(tokens, 0, stats.reserved_slots - tokens, free if refused else 0, 0 if refused else free)
+        internal = stats.reserved_slots - tokens + self.left_over
+        return MemoryUse(tokens, 0, internal, free if refused else 0, 0 if refused else free)
 
 
 class Histogram:
@@ -126,6 +141,7 @@ class TraceSummary(NamedTuple):
     """What a trace holds, from reading it once."""
 
     requests: int
+    first_arrival_s: float
     last_arrival_s: float
     mean_prompt: float  # tokens
     mean_output: float
@@ -133,11 +149,12 @@ class TraceSummary(NamedTuple):
 
 def summarize(trace: Trace) -> TraceSummary:
     """Reads a trace to its end, so that a damaged one is refused before anything is simulated."""
-    requests, last_arrival_s, prompt, output = 0, 0.0, 0, 0
+    requests, first_arrival_s, last_arrival_s, prompt, output = 0, 0.0, 0.0, 0, 0
     for request in trace():
-        requests, last_arrival_s = requests + 1, request.arrival_s
-        prompt, output = prompt + len(request.prompt), output + request.output_tokens
-    return TraceSummary(requests, last_arrival_s, prompt / requests, output / requests)
+        last_arrival_s = request.arrival_s
+        first_arrival_s = first_arrival_s if requests else last_arrival_s
+        requests, prompt, output = requests + 1, prompt + len(request.prompt), output + request.output_tokens
+    return TraceSummary(requests, first_arrival_s, last_arrival_s, prompt / requests, output / requests)
 
 
 @dataclass
@@ -163,8 +180,9 @@ class Averages:
 class Result:
     """One server's run. Memory, batch and throughput are averages over the time in which requests arrive.
 
-    That time is the same for all servers, and it leaves out the end, when they only run empty. Where
-    all requests arrive at once it is the whole run. Latencies and counts are of all requests.
+    That time, from the first arrival to the last, is the same for all servers, and it leaves out the end,
+    when they only run empty. Where all requests arrive at once it is the whole run. Latencies and counts
+    are of all requests.
     """
 
     memory: dict[str, float]  # share of the whole KV memory, by the fields of MemoryUse
@@ -175,7 +193,7 @@ class Result:
     ttft_p99_s: float | None
     tbt_p50_s: float | None  # time between tokens, of every two that follow each other
     tbt_p99_s: float | None
-    simulated_s: float  # of the whole run
+    simulated_s: float  # of the whole run, from the first arrival on
     goodput: float  # share of the computed tokens that were computed for the first time
     hit_share: float  # of prompt tokens: found in the pool instead of computed
     counts: SchedulerStats
@@ -183,18 +201,21 @@ class Result:
 
 def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock, cost: StepCost,
              progress: Callable[[int], None] = lambda finished: None) -> Result:
-    """Serves a whole trace.
+    """Serves a whole trace; the clock starts at its first arrival.
 
     Memory does not grow with the trace: of what has arrived only as much is queued as one step could
     admit. That changes no decision, since the queue is served in order.
 
     Args:
-        measure_until_s: where the averages end, usually `TraceSummary.last_arrival_s`; 0: with the run.
+        measure_until_s: where the averages end, usually `TraceSummary.last_arrival_s`. Where that is not after the
+            first arrival, they end with the run.
         server: empty, with `clock` for its clock.
         progress: told now and then how many requests have finished.
     """
     arrivals, averages, first_tokens, gaps = enumerate(trace()), Averages(), Histogram(), Histogram()
-    index, upcoming = next(arrivals, (0, None))
+    index, upcoming = next(arrivals)
+    start = clock.now = upcoming.arrival_s
+    until = measure_until_s if measure_until_s > start else math.inf
     while upcoming or server.has_unfinished():
         while upcoming and upcoming.arrival_s <= clock.now and len(server.waiting) < server.max_num_seqs:
             _add(server, upcoming, index)
@@ -206,21 +227,28 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
         step = server.schedule()
         sampled, computed = step.sampled(), sum(step.num_tokens)
         seconds = cost.seconds(computed, computed + sum([request.num_computed_tokens for request in step.requests]))
-        if clock.now <= (measure_until_s or math.inf):
-            refused = bool(server.waiting) and step.budget > 0 and len(server.running) < server.max_num_seqs
-            averages.add(seconds, server.memory(computed, refused), len(step.requests),
+        if clock.now <= until:
+            averages.add(seconds, server.memory(computed, memory_refused(server, step)), len(step.requests),
                          sum([len(request.block_table) for request in step.requests]), len(sampled))
         clock.now += seconds
         _record_latencies(sampled, clock.now, first_tokens, gaps)
         server.update(step, [0] * len(sampled))
         if server.stats.num_steps % 256 == 0:
             progress(server.stats.num_finished)
-    return _result(averages, first_tokens, gaps, clock.now, server.stats)
+    return _result(averages, first_tokens, gaps, clock.now - start, server.stats)
+
+
+def memory_refused(server: Server, step: Step) -> bool:
+    """Whether the head of the queue waits for memory alone: the planned step leaves it a seat, and tokens."""
+    return bool(server.waiting) and step.budget > 0 and len(server.running) < server.max_num_seqs
+
+
+def as_request(arrival: TraceRequest, index: int) -> Request:
+    return Request(str(index), arrival.prompt, SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True))
 
 
 def _add(server: Server, arrival: TraceRequest, index: int) -> None:
-    params = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
-    request = Request(str(index), arrival.prompt, params)
+    request = as_request(arrival, index)
     server.add(request)
     request.metrics.arrival_time = request.waiting_since = arrival.arrival_s  # it came while a step was computed
 
@@ -236,12 +264,13 @@ def _record_latencies(sampled: Sequence[Request], now: float, first_tokens: Hist
         gaps.add(now - before, requests)
 
 
-def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, now: float, stats: SchedulerStats) -> Result:
+def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, simulated_s: float,
+            stats: SchedulerStats) -> Result:
     slots, seconds = sum(averages.memory), averages.seconds
     return Result(
         memory={name: share / slots for name, share in zip(MemoryUse._fields, averages.memory)},
         average_batch=averages.requests / seconds, average_table=averages.table_entries / averages.requests,
         tokens_per_s=averages.output_tokens / seconds, ttft_p50_s=first_tokens.percentile(50),
         ttft_p99_s=first_tokens.percentile(99), tbt_p50_s=gaps.percentile(50), tbt_p99_s=gaps.percentile(99),
-        simulated_s=now, goodput=1 - stats.recomputed_tokens / stats.computed_tokens,
+        simulated_s=simulated_s, goodput=1 - stats.recomputed_tokens / stats.computed_tokens,
         hit_share=stats.prompt_hit_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0, counts=stats)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -22,6 +24,9 @@ from typing import NamedTuple
 from nanopaged.validation import require_int, require_number, shown
 
 NUM_SHARED_PREFIXES = 8  # different beginnings that requests share, such as system prompts
+# Later times, and longer gaps between arrivals, are too coarse as floats to tell one short step from the next.
+LATEST_ARRIVAL_S = 1e10  # seconds since 1970 until the year 2286
+LOWEST_RATE = 1e-4  # a million requests before that
 
 
 class TraceRequest(NamedTuple):
@@ -75,7 +80,7 @@ def generate(statistics: LengthStatistics, num_requests: int, rate: float, max_m
     """A random trace; the same seed gives the same trace.
 
     Args:
-        rate: arrivals a second, on average.
+        rate: arrivals a second, on average; `LOWEST_RATE` at least.
         max_model_len: prompt and output, in tokens, are each limited to half of it.
         shared_prefix: share of each prompt, from its beginning, that is equal to that of other requests:
             those with the same one of `NUM_SHARED_PREFIXES` common beginnings.
@@ -83,8 +88,7 @@ def generate(statistics: LengthStatistics, num_requests: int, rate: float, max_m
     Raises TypeError or ValueError, at once, for arguments that cannot be.
     """
     require_int("num_requests", num_requests, 1)
-    if require_number("rate", rate, 0.0) == 0:
-        raise ValueError("rate must be above 0 arrivals a second, got 0")
+    require_number("rate", rate, LOWEST_RATE)
     require_number("shared_prefix", shared_prefix, 0.0, 1.0)
     limit = require_int("max_model_len", max_model_len, 4) // 2
     prompts = Lengths(statistics.mean_prompt, statistics.prompt_sigma, limit)
@@ -115,13 +119,15 @@ def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
     `prompt` is a number of tokens, or a list of token ids where it matters which prompts begin alike.
     Raises OSError where the file cannot be read, and ValueError, naming the line, where it is damaged.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} must be a regular file, since it is read several times")
     previous_s, number = 0.0, 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 request = _parse(line, number, max_model_len)
                 if request.arrival_s < previous_s:
-                    raise ValueError(f"arrival_s is {request.arrival_s:g}, but the line before has {previous_s:g}: "
+                    raise ValueError(f"arrival_s is {request.arrival_s}, but the line before has {previous_s}: "
                                      "sort the lines by arrival")
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
@@ -133,13 +139,14 @@ def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
 
 def _parse(line: bytes, number: int, max_model_len: int) -> TraceRequest:
     try:
-        fields = json.loads(line.decode().rstrip())
+        pairs = json.loads(line.decode().rstrip(), object_pairs_hook=tuple)  # a dict would hide a key's double
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     wanted = ("arrival_s", "prompt", "output_tokens")
-    if not isinstance(fields, dict) or sorted(fields) != sorted(wanted):
-        raise ValueError(f"expected an object with {', '.join(wanted)}, got {shown(fields)}")
-    arrival_s = require_number("arrival_s", fields["arrival_s"], 0.0)
+    if not isinstance(pairs, tuple) or sorted(key for key, _ in pairs) != sorted(wanted):
+        raise ValueError(f"expected an object with {', '.join(wanted)}, once each, got {shown(pairs)}")
+    fields = dict(pairs)
+    arrival_s = float(require_number("arrival_s", fields["arrival_s"], 0.0, LATEST_ARRIVAL_S))
     output_tokens = require_int("output_tokens", fields["output_tokens"], 1)
     prompt = fields["prompt"]
     if isinstance(prompt, list):

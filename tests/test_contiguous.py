@@ -10,6 +10,7 @@ import pytest
 from nanopaged.contiguous import RESERVATIONS, BuddyAllocator, ContiguousAllocator, ContiguousScheduler, MemoryUse
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams
+from nanopaged.simulator import memory_refused
 
 
 def test_first_fit_takes_the_leftmost_gap_that_has_room() -> None:
@@ -155,9 +156,7 @@ class Server:
     def step(self) -> MemoryUse:
         """The memory during the step, as `simulate` looks at it."""
         step = self.scheduler.schedule()
-        seat_left = len(self.scheduler.running) < self.scheduler.max_num_seqs
-        refused = bool(self.scheduler.waiting) and step.budget > 0 and seat_left
-        memory = self.scheduler.memory(sum(step.num_tokens), refused)
+        memory = self.scheduler.memory(sum(step.num_tokens), memory_refused(self.scheduler, step))
         self.scheduler.update(step, [0] * len(step.sampled()))
         return memory
 
@@ -205,6 +204,13 @@ def test_external_waste_is_free_memory_that_was_refused_to_the_head_of_the_queue
 
 def test_free_memory_is_not_waste_where_a_seat_is_what_is_missing() -> None:
     server = Server("oracle", 50, seats=1)
+    server.add(6, 5)
+    server.add(6, 5)
+    assert server.step() == MemoryUse(tokens=6, reserved=4, internal=0, external=0, free=40)
+
+
+def test_free_memory_is_not_waste_where_the_tokens_of_the_step_are_what_is_missing() -> None:
+    server = Server("oracle", 50, budget=6)
     server.add(6, 5)
     server.add(6, 5)
     assert server.step() == MemoryUse(tokens=6, reserved=4, internal=0, external=0, free=40)

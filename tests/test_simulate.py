@@ -20,9 +20,10 @@ from nanopaged.block_allocator import BlockAllocator
 from nanopaged.contiguous import RESERVATIONS, ContiguousAllocator, ContiguousScheduler, MemoryUse
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
-from nanopaged.simulator import Averages, Clock, Histogram, PagedServer, Result, Server, StepCost, Trace, summarize
+from nanopaged.simulator import (SHORTEST_STEP_S, Averages, Clock, Histogram, PagedServer, Result, Server, StepCost,
+                                 Trace, summarize)
 from nanopaged.simulator import simulate as serve
-from nanopaged.traces import DATASETS, TraceRequest
+from nanopaged.traces import DATASETS, LATEST_ARRIVAL_S, TraceRequest
 
 ROOT = Path(__file__).parents[1]
 SECOND = StepCost(1.0, 0.0, 0.0)  # every step takes one
@@ -74,6 +75,13 @@ def test_a_run_of_two_requests_adds_up_by_hand() -> None:
     assert result.goodput == 1 and result.hit_share == 0
 
 
+def test_the_shortest_step_moves_the_clock_even_at_the_latest_arrival() -> None:
+    clock = Clock()
+    result = serve(fixed((LATEST_ARRIVAL_S, 3, 9)), 0, paged(clock, 8), clock, StepCost(SHORTEST_STEP_S, 0.0, 0.0))
+    assert result.simulated_s == pytest.approx(9 * SHORTEST_STEP_S, rel=0.2)
+    assert result.tbt_p99_s == pytest.approx(SHORTEST_STEP_S, rel=0.2)
+
+
 def test_time_to_first_token_counts_from_the_arrival_even_in_the_middle_of_a_step() -> None:
     clock = Clock()
     result = serve(fixed((0.0, 3, 2), (0.25, 3, 1)), 0, paged(clock, 8), clock, SECOND)
@@ -82,7 +90,7 @@ def test_time_to_first_token_counts_from_the_arrival_even_in_the_middle_of_a_ste
 
 
 def test_time_between_tokens_is_of_every_gap_of_every_request() -> None:
-    """Two decode steps of four requests take 5 s each, then three of the last one 2 s each: 8 long gaps, 3 short ones."""
+    """Two decode steps of four requests take 5 s each, then three of the last one 2 s each: 8 long gaps, 3 short."""
     clock = Clock()
     result = serve(fixed(*[(0.0, 1, 3)] * 3, (0.0, 1, 6)), 0, paged(clock, 16), clock, StepCost(1.0, 1.0, 0.0))
     assert result.tbt_p50_s == result.tbt_p99_s == pytest.approx(5.0, rel=0.01)
@@ -101,7 +109,19 @@ def test_idle_time_is_skipped_and_counts_as_free_memory() -> None:
 def test_a_trace_of_one_request_has_averages_too() -> None:
     clock, trace = Clock(), fixed((5.0, 3, 2))
     result = serve(trace, summarize(trace).last_arrival_s, paged(clock, 8), clock, SECOND)
-    assert result.average_table == 1 and result.tbt_p50_s == pytest.approx(1.0, rel=0.01) and result.simulated_s == 7
+    assert result.average_table == 1 and result.tbt_p50_s == pytest.approx(1.0, rel=0.01) and result.simulated_s == 2
+
+
+@pytest.mark.parametrize("start", [3600.0, 1.7e9])
+@pytest.mark.parametrize("last", [0.0, 20.0])
+def test_averages_start_with_the_first_arrival_whatever_the_time_of_day(start: float, last: float) -> None:
+    """Also where all arrive at once, and the averages are over the whole run."""
+    results = []
+    for midnight in (0.0, start):
+        clock, trace = Clock(), fixed((midnight, 3, 9), (midnight, 3, 3), (midnight + last, 2, 30))
+        results.append(asdict(serve(trace, summarize(trace).last_arrival_s, paged(clock, 16), clock, SECOND)))
+    assert results[0] == results[1]
+    assert summarize(trace)[1:3] == (start, start + last)
 
 
 def test_averages_end_where_they_are_told_to() -> None:
@@ -118,13 +138,21 @@ def test_free_blocks_that_were_refused_to_the_head_of_the_queue_are_told_apart()
     assert result.memory == {name: pytest.approx(slots / 16) for name, slots in zip(MemoryUse._fields, (9, 0, 3, 4, 0))}
 
 
+def test_hits_are_the_prompt_tokens_that_others_have_left_in_full_blocks() -> None:
+    """Prompts of 9, 8 and 10 equal tokens in blocks of 4. The last token of a prompt is always computed."""
+    clock, prompts = Clock(), (9, 8, 10)
+    result = serve(lambda: iter([TraceRequest(5.0 * i, [7] * prompts[i], 2) for i in range(3)]), 0, paged(clock, 8),
+                   clock, SECOND)
+    assert result.hit_share == pytest.approx((0 + 4 + 8) / (9 + 8 + 10))
+
+
 def test_the_cost_of_a_step_is_what_its_three_parts_say() -> None:
     clock = Clock()
     result = serve(fixed((0.0, 5, 3)), 0, paged(clock, 8), clock, StepCost(1.0, 0.1, 0.01))
     assert result.simulated_s == pytest.approx(3 * 1.0 + 0.1 * (5 + 1 + 1) + 0.01 * (5 + 6 + 7))
 
 
-@pytest.mark.parametrize("values", [(0.0, 1.0, 1.0), (1.0, -1.0, 0.0), (1.0, 0.0, math.nan)])
+@pytest.mark.parametrize("values", [(0.0, 1.0, 1.0), (1.0, -1.0, 0.0), (1.0, 0.0, math.nan), (1.0, 1e308, 0.0)])
 def test_a_cost_that_cannot_be_is_refused(values: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError):
         StepCost(*values)
@@ -287,13 +315,17 @@ def test_smaller_blocks_waste_less_share_more_and_need_longer_tables(tmp_path: P
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--requests", "0"], "num_requests must be at least 1"), (["--rate", "0"], "rate must be above 0"),
-    (["--rate", "nan"], "rate must be finite"), (["--slots", "0"], "slots must be at least 1"),
-    (["--slots", "500"], "can never fit"), (["--block-size", "0"], "block_size must be from 1"),
-    (["--block-size", "99999"], "block_size must be from 1 to 15700"), (["--max-model-len", "99"], "raise max_model_l"),
-    (["--fixed-s", "0"], "fixed_s must be above 0"), (["--watermark", "2"], "watermark must be from 0.0 to 1.0"),
-    (["--swap-blocks", "-1"], "swap_blocks must be at least 0"), (["--max-num-seqs", "0"], "must be at least 1"),
+    (["--requests", "0"], "num_requests must be at least 1"), (["--rate", "1e-300"], "rate must be at least 0.0001"),
+    (["--rate", "nan"], "rate must be finite"), (["--slots", "0"], "slots must be from 1 to 10000000"),
+    (["--slots", "1000000000000"], "slots must be from 1 to 10000000"), (["--block-size", "0"], "must be at least 1"),
+    (["--block-size", "99999"], "15,700 slots make no block of 99,999: raise --slots, or choose smaller blocks"),
+    (["--sweep", "pool", "--slots", "99"], "14 slots make no block of 16"), (["--max-model-len", "99"], "raise max_mo"),
+    (["--max-model-len", "1000000000000"], "from 2 to 10000000"), (["--sweep", "pool", "--slots", "1"], "0 slots make"),
+    (["--fixed-s", "0"], "fixed_s must be from 1e-05"), (["--watermark", "2"], "watermark must be from 0.0 to 1.0"),
+    (["--per-token-s", "1e308"], "per_token_s must be from 0.0 to 1000.0"),
+    (["--swap-blocks", "1000000000000"], "from 0 to 1000000, got"), (["--max-num-seqs", "0"], "must be at least 1"),
     (["--shared-prefix", "7"], "shared_prefix must be from"), (["--trace", "no/such/file"], "no/such/file"),
+    (["--trace", ""], "No such file"),
     (["--dataset", "other"], "invalid choice"), (["--servers", "orca"], "invalid choice"),
     (["--requests", "many"], "invalid int")])
 def test_bad_arguments_get_one_clear_line_and_status_2(arguments: list[str], message: str,
@@ -314,6 +346,89 @@ def test_a_damaged_trace_file_names_its_line_before_anything_is_simulated(tmp_pa
     path.write_text(good * 6)
     assert command("--trace", str(path), "--servers", "paged", "max") == 0
     assert "6 requests in 0 s, of 9 prompt and 4 output tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, needed, room, row", [
+    (["--servers", "paged", "oracle"], 48, 32, "server paged"), (["--servers", "oracle"], 37, 35, "server oracle"),
+    (["--servers", "oracle", "--contiguous", "buddy"], 37, 32, "server oracle"),
+    (["--servers", "max"], 63, 35, "server max"), (["--servers", "pow2"], 40, 35, "server pow2"),
+    (["--sweep", "pool", "--slots", "190"], 48, 16, "slots 28")])
+def test_a_request_that_can_never_fit_is_named_before_anything_is_simulated(
+        arguments: list[str], needed: int, room: int, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(simulate, "simulate", lambda *args: pytest.fail("a server ran"))
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(f'{{"arrival_s": 1, "prompt": {prompt}, "output_tokens": {output}}}\n'
+                            for prompt, output in ((9, 4), (9, 29))))
+    assert command("--trace", str(path), "--slots", "35", "--max-model-len", "64", *arguments) == 2
+    prompt, output, line = (9, 4, 1) if row == "server max" else (9, 29, 2)
+    assert capsys.readouterr().err == (
+        f"simulate: error: {path}, line {line}: {prompt} prompt and {output} output tokens need {needed} slots, "
+        f"and a request can have at most {room} ({row}): raise --slots\n")
+
+
+def test_a_random_request_that_can_never_fit_is_numbered(capsys: pytest.CaptureFixture) -> None:
+    assert command("--slots", "2040") == 2
+    assert "request 1: " in capsys.readouterr().err, "for max every request is as long as the context"
+
+
+def test_a_request_that_just_fits_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"arrival_s": 1, "prompt": 9, "output_tokens": 24}\n')  # 32 slots: the last token takes none
+    assert command("--trace", str(path), "--slots", "32", "--max-model-len", "33") == 0
+
+
+@pytest.mark.parametrize("option, others", [
+    (["--trace", "a"], ["--dataset", "alpaca"]), (["--trace", "a"], ["--requests", "2000"]),
+    (["--trace", "a"], ["--rate", "0.8"]), (["--trace", "a"], ["--shared-prefix", "0"]),
+    (["--trace", "a"], ["--seed", "0"]), (["--sweep", "pool"], ["--servers", "paged"]),
+    (["--sweep", "pool"], ["--contiguous", "buddy"]), (["--sweep", "block-size"], ["--block-size", "16"])])
+def test_what_another_option_leaves_without_effect_is_refused(option: list[str], others: list[str],
+                                                              capsys: pytest.CaptureFixture) -> None:
+    assert command(*option, *others) == 2
+    message = f"leaves nothing for {others[0]} to say: give one or the other"
+    assert message in capsys.readouterr().err
+
+
+def test_the_written_arguments_are_those_that_were_used(tmp_path: Path) -> None:
+    path, trace = tmp_path / "figures.json", tmp_path / "trace"
+    assert command("--requests", "3", "--json", str(path)) == 0
+    used = {"dataset": "sharegpt", "requests": 3, "rate": 0.8, "shared_prefix": 0.0, "seed": 0, "block_size": 16,
+            "servers": ["paged", "max", "pow2", "oracle"], "contiguous": "first-fit"}
+    assert used.items() <= json.loads(path.read_text())["arguments"].items()
+    trace.write_text('{"arrival_s": 1, "prompt": 9, "output_tokens": 4}\n')
+    assert command("--trace", str(trace), "--json", str(path)) == 0
+    written = json.loads(path.read_text())["arguments"]
+    assert written["dataset"] is written["seed"] is written["requests"] is None, "they had no say"
+
+
+def test_shares_are_of_the_same_memory_where_blocks_do_not_fill_it(tmp_path: Path) -> None:
+    """100 slots are six blocks of 16, and four slots. 9 tokens are in one of the blocks; the others are free."""
+    path, trace = tmp_path / "figures.json", tmp_path / "trace"
+    trace.write_text('{"arrival_s": 1, "prompt": 9, "output_tokens": 1}\n')
+    assert command("--trace", str(trace), "--slots", "100", "--servers", "paged", "oracle", "--json", str(path)) == 0
+    memory = {name: result["memory"] for name, result in json.loads(path.read_text())["figures"]["results"].items()}
+    assert memory["paged"] == pytest.approx(dict(tokens=0.09, reserved=0, internal=0.07 + 0.04, external=0, free=0.8))
+    assert memory["oracle"] == pytest.approx(dict(tokens=0.09, reserved=0, internal=0, external=0, free=0.91))
+
+
+def test_buddies_waste_more_than_first_fit(tmp_path: Path) -> None:
+    tokens = []
+    for contiguous in ("first-fit", "buddy"):
+        path = tmp_path / contiguous
+        assert command(*SMALL, "--slots", "500", "--servers", "oracle", "--contiguous", contiguous,
+                       "--json", str(path)) == 0
+        tokens.append(json.loads(path.read_text())["figures"]["results"]["oracle"]["memory"]["tokens"])
+    assert tokens[0] > 1.1 * tokens[1]
+
+
+@pytest.mark.parametrize("before", [None, "figures of another run"])
+def test_a_run_that_fails_leaves_the_file_of_its_figures_as_it_was(before: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    if before:
+        path.write_text(before)
+    assert command("--slots", "0", "--json", str(path)) == 2
+    assert (path.read_text() if path.exists() else None) == before
 
 
 def test_neither_simulating_nor_its_benchmark_imports_torch() -> None:

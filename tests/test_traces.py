@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from itertools import islice, pairwise
 from pathlib import Path
@@ -81,8 +82,8 @@ def test_without_sharing_no_two_prompts_have_a_token_in_common() -> None:
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"num_requests": 0}, "num_requests must be at least 1"), ({"rate": 0.0}, "rate must be above 0"),
-    ({"rate": -1.0}, "rate must be at least 0"), ({"rate": float("inf")}, "rate must be finite"),
+    ({"num_requests": 0}, "num_requests must be at least 1"), ({"rate": 0.0}, "rate must be at least 0.0001"),
+    ({"rate": 1e-320}, "rate must be at least 0.0001"), ({"rate": float("inf")}, "rate must be finite"),
     ({"shared_prefix": 1.5}, "shared_prefix must be from 0.0 to 1.0"), ({"max_model_len": 2}, "max_model_len")])
 def test_bad_arguments_are_refused_before_the_first_request(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -101,15 +102,18 @@ def test_a_file_gives_its_requests_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "trace", GOOD, {**GOOD, "arrival_s": 1, "prompt": [4, 4, 2]}, {**GOOD, "arrival_s": 2.5})
     first, second, third = read(path, 2048)
     assert (first.arrival_s, len(first.prompt), first.output_tokens) == (1.0, 5, 3)
-    assert second.prompt == [4, 4, 2] and third.arrival_s == 2.5
+    assert second.prompt == [4, 4, 2] and third.arrival_s == 2.5 and isinstance(second.arrival_s, float)
     assert not set(first.prompt) & set(third.prompt), "prompts given by their length share nothing"
 
 
 @pytest.mark.parametrize("line, message", [
     ('{"arrival_s": 1.0, "prompt', "not JSON"), ("", "not JSON"), ("[1, 2, 3]", "expected an object with arrival_s"),
     ({"arrival_s": 1.0, "prompt": 5}, "expected an object with"), ({**GOOD, "extra": 1}, "expected an object with"),
-    ({**GOOD, "arrival_s": 0.5}, "sort the lines by arrival"), ({**GOOD, "arrival_s": "soon"}, "must be a number"),
+    ({**GOOD, "arrival_s": 0.123456789}, "is 0.123456789, but the line before has 1.0: sort the lines by arrival"),
+    ({**GOOD, "arrival_s": "soon"}, "arrival_s must be a number"),
     ({**GOOD, "arrival_s": float("nan")}, "arrival_s must be finite"), ({**GOOD, "prompt": 0}, "must be at least 1"),
+    ({**GOOD, "arrival_s": 10**400}, "arrival_s must be from 0.0 to 1"), ({**GOOD, "arrival_s": 1e17}, "from 0.0 to 1"),
+    ('{"arrival_s": 1, "prompt": 5, "prompt": 6, "output_tokens": 3}', "output_tokens, once each, got .*5.*6"),
     ({**GOOD, "prompt": []}, "prompt has no tokens"), ({**GOOD, "prompt": [1, "a"]}, "of prompt must be an int"),
     ({**GOOD, "prompt": "hello"}, "prompt must be an int"), ({**GOOD, "prompt": [-7]}, "must be at least 0"),
     ({**GOOD, "output_tokens": 0}, "output_tokens must be at least 1"), ({**GOOD, "output_tokens": 1.5}, "be an int"),
@@ -128,3 +132,10 @@ def test_bytes_that_are_no_text_and_an_empty_file_are_refused(tmp_path: Path) ->
         list(read(write(tmp_path / "empty"), 2048))
     with pytest.raises(OSError):
         list(read(str(tmp_path / "missing"), 2048))
+
+
+def test_a_trace_that_could_be_read_only_once_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=f"{path} must be a regular file, since it is read several times"):
+            list(read(str(path), 2048))
