@@ -28,6 +28,8 @@ from nanopaged.torch_attention import AttentionBackend, paged_attention_torch, w
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = 16  # of float32: a cache line
+
 
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, blocks: torch.Tensor,
                      owner: torch.Tensor, filled: torch.Tensor, place: torch.Tensor,
@@ -53,7 +55,10 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
     total = probs.sum(-1)  # (N, num_kv_heads, group)
     # What stands outside the context may be anything, and 0 * nan is nan.
     v = v_cache[blocks].float().masked_fill(outside[:, None, :, None], 0.0)[:, :, None]
-    weighted = (probs[..., None] * v).sum(-2)  # (N, num_kv_heads, group, head_dim)
+    # A sum for each few columns: the compiler makes one loop over the rows of V of them all, and reads
+    # each row whole. Of a single sum it makes a loop over the columns, which goes through memory in jumps.
+    weighted = torch.cat([(probs[..., None] * columns).sum(-2) for columns in v.split(COLUMNS, dim=-1)],
+                         dim=-1)  # (N, num_kv_heads, group, head_dim)
 
     largest = maximum[place].masked_fill(~used[:, :, None, None], -torch.inf)  # (B, longest, num_kv_heads, group)
     shrink = (largest - largest.amax(1, keepdim=True)).exp()  # to the request's maximum; 0 where unused

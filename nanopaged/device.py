@@ -22,6 +22,16 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
+def keep_freed_memory() -> None:
+    """Has the C library keep what a step on a CPU frees, for the next layer, and not return it to the system.
+
+    Memory that comes back from the system is handed out page by page, at up to a tenth of a step's time.
+    glibc keeps twice the size of the largest block that it has seen freed, 32 MiB at most (mallopt(3),
+    M_MMAP_THRESHOLD): so one is shown to it. Elsewhere this does nothing.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")  # torch.float16 itself is welcome too
     if require_choice("dtype", name, ("auto", "float32", "float16", "bfloat16")) == "auto":

@@ -24,7 +24,7 @@ from nanopaged.block_allocator import BlockAllocator
 from nanopaged.checkpoint import load_model
 from nanopaged.compiled_attention import COMPILED, compile_now
 from nanopaged.cuda_graphs import DecodeGraphs, is_decode, logits_bytes
-from nanopaged.device import resolve_attention, resolve_device, resolve_dtype
+from nanopaged.device import keep_freed_memory, resolve_attention, resolve_device, resolve_dtype
 from nanopaged.gpt2 import GPT2
 from nanopaged.interrupts import uninterrupted
 from nanopaged.kv_cache import KVCache, block_bytes, free_bytes
@@ -103,6 +103,8 @@ class LLM:
         require_choice("enable_prefix_caching", enable_prefix_caching, (True, False))
         require_choice("enforce_eager", enforce_eager, (True, False))
         require_int("max_num_seqs", max_num_seqs, 1)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if max_num_batched_tokens is None:
             max_num_batched_tokens = 2048 if self.device.type == "cuda" else 512
         require_int("max_num_batched_tokens", max_num_batched_tokens, 1)

@@ -10,6 +10,7 @@ The model is written twice. `dense` is GPT-2 with no cache at all: everything el
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,18 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return product.t()[:rows]
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x / 2 (1 + tanh u) with u = sqrt(2 / pi) (x + 0.044715 x^3), GELU's approximation; any shape.
+
+    As x sigmoid(2 u), which is the same, it takes half the time of torch's own on a CPU.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.gelu(x, approximate="tanh")
+    scale = 2 * math.sqrt(2 / math.pi)
+    twice_u = torch.addcmul(x.new_tensor(scale), x, x, value=scale * 0.044715).mul_(x)
+    return twice_u.sigmoid_().mul_(x)
+
+
 class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return project(x, self.weight, self.bias)  # (T, out_features)
@@ -104,7 +117,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(n_inner, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (T, n_embd)
+        return self.c_proj(gelu(self.c_fc(x)))  # (T, n_embd)
 
 
 class Block(nn.Module):

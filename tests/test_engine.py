@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import random
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from nanopaged import LLM, SamplingParams
 from nanopaged.copycat import CONFIG as COPYCAT_CONFIG
 from nanopaged.gpt2 import GPT2, GPT2Config
 
+ROOT = Path(__file__).parents[1]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 BYTES = GPT2Config(vocab_size=257, n_positions=96, n_embd=32, n_layer=2, n_head=2, eos_token_id=256)
 
@@ -278,3 +282,21 @@ def test_copycat_is_right_on_a_gpu_under_pressure(dtype: str) -> None:
 def test_copycats_config_is_what_the_engine_serves() -> None:
     llm = LLM(device="cpu", num_blocks=4)
     assert llm.config == COPYCAT_CONFIG and llm.device.type == "cpu" and llm.dtype == torch.float32
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_what_a_step_on_a_cpu_frees_is_kept_for_the_next() -> None:
+    code = """if True:
+        import resource, sys, torch
+        from nanopaged.device import keep_freed_memory
+        if {keep}:
+            keep_freed_memory()
+        for i in range(12):
+            if i == 2:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            hidden = [torch.ones(2**21) for _ in range(3)]  # 8 MiB each
+            del hidden
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    pages = [int(subprocess.run([sys.executable, "-c", code.format(keep=keep)], cwd=ROOT, capture_output=True, text=True,
+                                check=True).stdout) for keep in (True, False)]
+    assert 2 * pages[0] < pages[1], f"{pages[0]} pages came from the system, and {pages[1]} without"

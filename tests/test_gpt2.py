@@ -15,7 +15,7 @@ import torch
 
 from nanopaged.batch import Batch
 from nanopaged.checkpoint import from_state_dict
-from nanopaged.gpt2 import FEW_ROWS, GPT2, GPT2Config, project
+from nanopaged.gpt2 import FEW_ROWS, GPT2, GPT2Config, gelu, project
 from nanopaged.torch_attention import TORCH
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
@@ -201,3 +201,9 @@ def test_a_projection_is_the_same_product_for_any_number_of_rows_in_any_layout(r
     for layout in (x, x.t().contiguous().t(), torch.randn(rows, 24)[:, ::2].copy_(x)):
         torch.testing.assert_close(project(layout, weight, bias), x @ weight.t() + bias)
         torch.testing.assert_close(project(layout, weight), x @ weight.t())
+
+
+def test_gelu_is_torchs_own_by_tanh_for_any_size_layout_and_dtype() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e20, -1e20, 3e38, -3e38])])
+    for values in (x, x[::3], x.bfloat16(), x.double()):
+        torch.testing.assert_close(gelu(values), torch.nn.functional.gelu(values, approximate="tanh"))
