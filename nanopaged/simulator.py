@@ -38,14 +38,14 @@ class StepCost:
     """Seconds of one step: all weights are read once, each token computed, each request's context read.
 
     The defaults were fitted by `python -m nanopaged.bench cost` on 23 November 2026: GPT-2 124M with random
-    weights, float32, two cores of an AMD EPYC with no GPU, torch 2.13.0. Half of the 25 steps are predicted
-    within 6%. On a CPU arithmetic is dear, and attention reads slowly, so a
-    larger batch saves little: set the constants of your own device to learn about its throughput.
+    weights, float32, two cores of an AMD EPYC with no GPU, torch 2.13.0. Half of the 33 steps are predicted
+    within 9%. On a CPU arithmetic is dear, so a larger batch saves little: set the constants of your own
+    device to learn about its throughput.
     """
 
-    fixed_s: float = 0.041
-    per_token_s: float = 0.0016
-    per_kv_token_s: float = 1.7e-5
+    fixed_s: float = 0.035
+    per_token_s: float = 0.0014
+    per_kv_token_s: float = 1.4e-5
 
     def __post_init__(self) -> None:
         for name in ("fixed_s", "per_token_s", "per_kv_token_s"):
