@@ -61,7 +61,7 @@ FEW_ROWS = 256  # where the two orders of a product on a CPU, below, are about e
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b: (T, n_in), (n_out, n_in), (n_out,) -> (T, n_out); of few rows on a CPU a view of (n_out, T).
+    """x W^T + b: (T, n_in), (n_out, n_in), (n_out,) -> (T, n_out), which is a transposed view for few rows on a CPU.
 
     Two cores get W x^T done in two thirds of the time of x W^T for the 8 to 64 rows of a decode step, if
     these are a multiple of 8: for 31 columns W x^T takes nearly twice as long as for 32.
@@ -69,10 +69,10 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     rows = len(x)
     if rows > FEW_ROWS or x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    if rows > 5 and rows % 8:
+    if rows > 5 and rows % 8:  # of fewer rows, 8 would take longer
         x = F.pad(x, (0, 0, 0, -rows % 8))
     elif rows <= 8:
-        x = x.contiguous()  # a product of so few columns wants them one after the other
+        x = x.contiguous()  # of so few columns x^T, each should be one stretch of memory
     product = weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())  # (n_out, T or more)
     return product.t()[:rows]
 
