@@ -225,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
         num_blocks = num_blocks * 16 // max(arguments.block_size, 1) if known else None
         llm = LLM(arguments.model, device=arguments.device, attention=arguments.attention, block_size=arguments.block_size,
                   num_blocks=num_blocks if arguments.num_blocks is None else arguments.num_blocks,
-                  max_num_seqs=arguments.max_num_seqs, admission=arguments.admission, watermark=arguments.watermark,
+                  max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=2048,  # the whole story in one step
+                  admission=arguments.admission, watermark=arguments.watermark,
                   preemption=arguments.preemption, swap_blocks=arguments.swap_blocks, seed=arguments.seed)
         jobs = make_jobs(count, max_tokens, arguments.seed) if known else [
             Job(prompt, 0) for prompt in arguments.prompt or PROMPTS]
