@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -38,6 +38,14 @@ PROBE, PROBE_PARAMS = list(range(60, 75)), SamplingParams(temperature=0.0, max_t
 PROBE_TOKENS = continue_densely(MODEL, PROBE, PROBE_PARAMS)
 # What a request comes to: (token ids, text, finish reason) of each continuation.
 Result = list[tuple[list[int], str, str | None]]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored; Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class InjectedFault(RuntimeError):
