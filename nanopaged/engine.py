@@ -103,8 +103,6 @@ class LLM:
         require_choice("enable_prefix_caching", enable_prefix_caching, (True, False))
         require_choice("enforce_eager", enforce_eager, (True, False))
         require_int("max_num_seqs", max_num_seqs, 1)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if max_num_batched_tokens is None:
             max_num_batched_tokens = 2048 if self.device.type == "cuda" else 512
         require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
@@ -123,6 +121,8 @@ class LLM:
             raise ValueError(f"the tokenizer has {self.tokenizer.vocab_size} ids, the model {config.vocab_size}: "
                              "they do not belong together")
         self.model.to(self.device, self.dtype)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         use_graphs = self.device.type == "cuda" and self.attention is TRITON and not enforce_eager
 
         if num_blocks is None:

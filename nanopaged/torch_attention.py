@@ -39,7 +39,7 @@ def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_ca
     """
     check_write(k, v, k_cache, v_cache, slots)
     block_size = k_cache.shape[2]
-    slots = slots.long()  # indices are made int64 in any case, and else in each of four places
+    slots = slots.long()  # what indexing wants: once here, and not in each of the four uses
     blocks, offsets = slots // block_size, slots % block_size  # (num_tokens,)
     k_cache[blocks, :, offsets] = k
     v_cache[blocks, :, offsets] = v
