@@ -6,9 +6,31 @@ them would wait for the device.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from nanopaged.validation import require_int, shown
+
+class RaggedBatch(Protocol):
+    """Whose rows are whose, and where their contexts lie. `batch.Batch` is one.
+
+    Attributes:
+        block_tables: (num_requests, any width) int32, last dimension contiguous; entry j holds
+            positions j * block_size and up. Entries past a request's length are not read.
+        query_start: (num_requests + 1,) int32, from 0 to num_tokens, not falling; request i has the
+            rows query_start[i] .. query_start[i + 1] - 1.
+        seq_lens: (num_requests,) int32, tokens in the context, with this step's rows.
+        num_decodes: the first so many requests have one row each.
+        plan: None, or what an attention has computed from these, for all layers.
+    """
+
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+    num_decodes: int
+    plan: object
+
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,8 +44,8 @@ def check_write(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache
     _check("slots", slots, (len(k),), k_cache, torch.int32)
 
 
-def check_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-                    query_start: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int) -> None:
+def check_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: RaggedBatch) -> None:
+    block_tables, query_start, seq_lens = batch.block_tables, batch.query_start, batch.seq_lens
     _check_dims(q=(q, 3), k_cache=(k_cache, 4), v_cache=(v_cache, 4), block_tables=(block_tables, 2),
                 query_start=(query_start, 1), seq_lens=(seq_lens, 1))
     _check_cache("q", q, k_cache, v_cache)
@@ -36,7 +58,8 @@ def check_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     if 0 in (q.shape[1], block_tables.shape[1]):
         raise ValueError(f"there must be a head and a block at least, got q {tuple(q.shape)} and block_tables "
                          f"{tuple(block_tables.shape)}")
-    require_int("max_query_len", max_query_len, min(1, len(q)), len(q))
+    if require_int("num_decodes", batch.num_decodes, 0, len(seq_lens)) == len(seq_lens) != len(q):
+        raise ValueError(f"num_decodes says that {len(seq_lens)} requests have one row each, got q {tuple(q.shape)}")
 
 
 def _check_dims(**tensors: tuple[torch.Tensor, int]) -> None:

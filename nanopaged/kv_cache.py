@@ -1,8 +1,8 @@
 """What memory does the pool live in, how large is it, and how do whole blocks move?
 
 One tensor holds all layers, (n_layer, K and V, num_blocks, num_kv_heads, block_size, head_dim), so that
-a block moves in one operation. The swap space is a second one, in the CPU's memory, with the blocks
-first: there a block is one stretch, and pinned beside a GPU, so that it crosses the bus at once.
+a block moves in one operation. Blocks that are kept in CPU memory are a second one, with the blocks
+first: there a block is contiguous, and beside a GPU pinned, so that it crosses the bus at once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import logging
 import math
 import os
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 
 from nanopaged.batch import upload
+from nanopaged.block_allocator import BlockMove
 from nanopaged.gpt2 import GPT2Config
-from nanopaged.swap_space import BlockMove
 from nanopaged.validation import require_int
+
+if TYPE_CHECKING:
+    from nanopaged.config import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +46,34 @@ def free_bytes(config: GPT2Config, device: torch.device, dtype: torch.dtype, uti
     return int(free - (1 - utilization) * total - step)
 
 
-class KVCache:
-    """The pool's contents, and the swap space's.
+def blocks_that_fit(model: GPT2Config, config: EngineConfig, device: torch.device, dtype: torch.dtype,
+                    reserved_bytes: int) -> int:
+    """Blocks in the free memory, less `reserved_bytes`; no more than all seats can use at full length.
 
-    Raises ValueError where there is no memory for them.
+    Raises ValueError if there is no room for one.
+    """
+    room = free_bytes(model, device, dtype, config.gpu_memory_utilization, config.max_num_seqs,
+                      config.max_num_batched_tokens) - reserved_bytes
+    useful = config.max_num_seqs * -(-config.max_model_len // config.block_size)
+    num_blocks = min(useful, room // block_bytes(model, config.block_size, dtype))
+    if num_blocks < 1:
+        raise ValueError(f"{device} has no memory left for a single block: free some, raise gpu_memory_utilization, "
+                         "or set num_blocks")
+    return num_blocks
+
+
+class KVCache:
+    """The contents of the pool, `blocks`, and of the blocks in CPU memory, `host_blocks`.
+
+    Raises ValueError if there is no memory for them.
     """
 
-    def __init__(self, config: GPT2Config, block_size: int, num_blocks: int, swap_blocks: int, device: torch.device,
+    def __init__(self, config: GPT2Config, block_size: int, num_blocks: int, host_blocks: int, device: torch.device,
                  dtype: torch.dtype) -> None:
         layers, block = (config.n_layer, 2), (config.num_kv_heads, block_size, config.head_dim)
         self.blocks = self._allocate("num_blocks", (*layers, num_blocks, *block), num_blocks, device, dtype)
-        self.swapped = self._allocate("swap_blocks", (swap_blocks, *layers, *block), swap_blocks, torch.device("cpu"),
-                                      dtype, pinned=device.type == "cuda" and swap_blocks > 0)
+        self.host_blocks = self._allocate("swap_blocks", (host_blocks, *layers, *block), host_blocks,
+                                          torch.device("cpu"), dtype, pinned=device.type == "cuda" and host_blocks > 0)
 
     @staticmethod
     def _allocate(name: str, shape: tuple[int, ...], num_blocks: int, device: torch.device, dtype: torch.dtype,
@@ -70,19 +90,19 @@ class KVCache:
         """Makes planned moves, in order, and takes them off the list as they are done.
 
         Copies that follow each other are one operation, which reads all sources before it writes. On a
-        GPU the moves across the bus are queued in the same order as all its work, and nobody waits.
+        GPU the moves across the bus are queued in the same order as all its work, and the host does not wait.
         """
         for kind, group in groupby(list(moves), key=lambda move: move.kind):
             run = list(group)
             if kind == "copy":
-                # A target stands here twice where a step failed and its block was given to somebody else since.
+                # A target occurs twice if a step failed, and its block was given to another request since.
                 latest = {move.target: move.source for move in run}
                 targets, sources = upload(torch.tensor([[*latest.keys()], [*latest.values()]]), self.blocks.device)
                 self.blocks[:, :, targets] = self.blocks[:, :, sources]
-            elif kind == "out":
+            elif kind == "to_host":
                 for _, source, target in run:
-                    self.swapped[target].copy_(self.blocks[:, :, source], non_blocking=True)
+                    self.host_blocks[target].copy_(self.blocks[:, :, source], non_blocking=True)
             else:
                 for _, source, target in run:
-                    self.blocks[:, :, target].copy_(self.swapped[source], non_blocking=True)
+                    self.blocks[:, :, target].copy_(self.host_blocks[source], non_blocking=True)
             del moves[: len(run)]

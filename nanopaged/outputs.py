@@ -1,10 +1,42 @@
-"""What comes back? The answers of the public interface; the names are vLLM's."""
+"""What comes back? The answers of the public interface (the names are vLLM's), and the engine's figures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from nanopaged.request import RequestMetrics
+if TYPE_CHECKING:
+    from nanopaged.models.tokenizer import TextStream
+    from nanopaged.pressure.storm import StormWatch
+    from nanopaged.request import Request
+    from nanopaged.scheduler import Scheduler
+    from nanopaged.step import Step
+
+
+@dataclass
+class RequestMetrics:
+    """What happened to one request. Times are in seconds; points in time, on the scheduler's clock."""
+
+    arrival_time: float = 0.0
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    waiting_s: float = 0.0  # in the queue, at first and after each preemption
+    preemptions: int = 0
+    recomputed_tokens: int = 0  # computed again, because they were lost in a preemption
+    prefix_hit_tokens: int = 0  # found in the pool instead of computed
+    output_tokens: int = 0
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def time_between_tokens_s(self) -> float | None:
+        """The mean, of at least two tokens."""
+        if self.output_tokens < 2:
+            return None
+        return (self.last_token_time - self.first_token_time) / (self.output_tokens - 1)
 
 
 @dataclass
@@ -27,3 +59,106 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics  # of the first continuation, which also computed the prompt
+
+    @classmethod
+    def of(cls, request_id: str, group: dict[Request, TextStream]) -> RequestOutput:
+        """From a request's continuations, in order, each with its text."""
+        completions = [
+            CompletionOutput(i, text.shown(member.finish_reason is not None), member.output_token_ids,
+                             member.finish_reason, RequestMetrics(**vars(member.metrics)))
+            for i, (member, text) in enumerate(group.items())]
+        first = next(iter(group))
+        return cls(request_id, first.token_ids[: first.num_prompt_tokens], completions,
+                   all(completion.finish_reason for completion in completions), completions[0].metrics)
+
+
+@dataclass(kw_only=True)
+class AllocatorStats:
+    """The pool at one moment. A slot is the room for one token's K and V."""
+
+    num_blocks: int
+    referenced_blocks: int
+    cached_blocks: int
+    free_blocks: int
+    shared_blocks: int  # with a reference count above 1
+    reserved_slots: int  # in referenced blocks, each counted once however many requests share it
+    filled_slots: int  # those of them that hold a computed token; the rest is internal fragmentation
+    prefix_hit_tokens: int  # since the start: tokens found in the pool instead of computed
+    evicted_blocks: int  # since the start: cached blocks that were reused for other tokens
+
+
+@dataclass(kw_only=True)
+class SchedulerStats:
+    """What the scheduler has done since the start, in steps, requests and tokens; a listener of the scheduler."""
+
+    num_steps: int = 0
+    num_finished: int = 0  # continuations
+    num_preemptions: int = 0
+    prompt_tokens: int = 0  # in the prompts of admitted requests
+    prompt_hit_tokens: int = 0  # those of them that were shared instead of computed
+    computed_tokens: int = 0  # every pass of a token through the model, recomputed ones again
+    recomputed_tokens: int = 0
+    swapped_in_tokens: int = 0  # restored from the swap space instead of recomputed
+    output_tokens: int = 0
+    referenced_block_steps: int = 0  # referenced blocks, added up over the steps
+
+    def added(self, request: Request) -> None:
+        """Nothing is counted before a request is admitted."""
+
+    def stepped(self, step: Step) -> None:
+        self.num_steps += 1
+        self.num_preemptions += len(step.preempted)
+        self.computed_tokens += step.computed_tokens
+        self.recomputed_tokens += step.recomputed_tokens
+        self.output_tokens += len(step.sampled)
+        self.referenced_block_steps += step.referenced_blocks
+        for admission in step.admitted:
+            self.swapped_in_tokens += admission.restored_tokens
+            if admission.is_first:
+                self.prompt_tokens += admission.request.num_prompt_tokens
+                self.prompt_hit_tokens += admission.hit_tokens
+
+    def ended(self, request: Request) -> None:
+        self.num_finished += 1
+
+    def average(self, num_blocks: int) -> RecentStats:
+        """Over all steps, in a pool of `num_blocks`."""
+        return recent_stats(self.num_steps, self.computed_tokens, self.recomputed_tokens, self.num_preemptions,
+                            self.referenced_block_steps, num_blocks)
+
+
+@dataclass(kw_only=True)
+class RecentStats:
+    """Averages over the last `storm.WINDOW_STEPS` steps; over all steps where there is no `pressure/`."""
+
+    goodput: float  # share of the computed tokens that were computed for the first time
+    preemptions_per_step: float
+    pool_occupancy: float  # share of the pool that was referenced
+
+
+def recent_stats(steps: int, computed: int, recomputed: int, preemptions: int, block_steps: int,
+                 num_blocks: int) -> RecentStats:
+    """From sums over `steps` steps, of tokens, preemptions and referenced blocks."""
+    steps = max(1, steps)
+    return RecentStats(goodput=1.0 - recomputed / computed if computed else 1.0, preemptions_per_step=preemptions / steps,
+                       pool_occupancy=block_steps / steps / num_blocks)
+
+
+@dataclass(kw_only=True)
+class EngineStats(AllocatorStats, SchedulerStats, RecentStats):
+    """The pool's and the scheduler's figures, and how many requests there are."""
+
+    num_waiting: int
+    num_running: int
+    num_storms: int
+    swap_blocks: int
+    swap_blocks_used: int
+
+    @classmethod
+    def of(cls, scheduler: Scheduler, watch: StormWatch | None) -> EngineStats:
+        pool, swap = scheduler.allocator, getattr(scheduler, "swap_space", None)  # of one that swaps
+        recent = watch.recent() if watch else scheduler.stats.average(pool.num_blocks)
+        return cls(num_waiting=len(scheduler.waiting), num_running=len(scheduler.running),
+                   num_storms=watch.num_storms if watch else 0, swap_blocks=swap.num_blocks if swap else 0,
+                   swap_blocks_used=swap.stats().referenced_blocks if swap else 0,
+                   **asdict(recent), **asdict(pool.stats()), **asdict(scheduler.stats))

@@ -2,7 +2,7 @@
 
 A layer's cache is a pair of tensors (num_blocks, num_kv_heads, block_size, head_dim). One head's keys
 of one block are one run of block_size * head_dim elements (2 KiB for 16 tokens of 64 half floats), and
-a program works on one head: so neighbouring threads load neighbouring 16 bytes, and no byte in vain.
+a program works on one head: so neighbouring threads load neighbouring 16 bytes, and every byte that is loaded is used.
 
 The kernels are FlashAttention's online softmax (Dao et al., 2022; Milakov and Gimelshein, 2018) with
 one step of indirection, the page table, before each load (Kwon et al., SOSP 2023, section 4.1):
@@ -22,7 +22,7 @@ one tile, so a block is read once for all of them. Three kernels walk or finish 
                      is split, and each program walks one part of it
     _merge_kernel    puts the parts together (Flash-Decoding: Dao et al., 2023)
 
-What is computed is `torch_attention`'s to say. docs/kernel.md goes through this file tile by tile.
+`torch_attention` specifies what is computed. docs/kernel.md goes through this file tile by tile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from nanopaged.attention_arguments import check_attention, check_write
+from nanopaged.attention_arguments import RaggedBatch, check_attention, check_write
 from nanopaged.torch_attention import AttentionBackend
 
 try:
@@ -67,12 +67,12 @@ def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_c
             )
 
 
-def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-                           query_start: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int,
+def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: RaggedBatch,
                            scale: float) -> torch.Tensor:
     """As `paged_attention_torch`, without gathering: the kernels read the blocks where they lie."""
-    check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, max_query_len)
+    check_attention(q, k_cache, v_cache, batch)
     check_launch(k_cache)
+    block_tables, query_start, seq_lens = batch.block_tables, batch.query_start, batch.seq_lens
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (num_tokens, num_heads, head_dim)
     if len(q) == 0:
         return out
@@ -84,7 +84,7 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
                      TILE_KV=max(16, min(64, 8192 // (head_dim * q.element_size()))),  # 8 KiB of K
                      WIDEN=INTERPRETED and q.dtype == torch.bfloat16)  # its dot takes bfloat16's bits for integers
     with device_of(q):
-        if max_query_len > 1 or num_tokens != num_requests:
+        if batch.num_decodes < num_requests:
             rows, tile_q = prompt_tile(group, q.element_size())
             # Request i's tiles begin at number query_start[i] // tile_q + i, or a little later than they could.
             _prompt_kernel[(num_tokens // tile_q + num_requests, num_kv_heads)](

@@ -2,51 +2,51 @@
 
 Each row of a batch is drawn with one uniform number, by inverting its cumulative distribution. The
 number is a pure function of the request's seed and of how many tokens it has: so the token does not
-depend on what runs beside it, and a step that is repeated after a fault draws the same one again.
+depend on other requests, and a step that is repeated after a fault draws the same one again.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 
 from nanopaged.batch import upload
 from nanopaged.request import Request
+from nanopaged.sampling_params import hashed
 
 
 def uniform(seed: int, index: int) -> float:
     """A number in [0, 1) for the `index`-th token of a request; the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53  # 53 bits: a double's precision, below 1
+    return (hashed(seed, index) >> 11) * 2.0**-53  # 53 bits: a double's precision, below 1
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """One token for each row.
 
-    `logits` is (num_rows, vocab_size), any float dtype; row i follows the wishes and the seed of
-    `requests[i]`. Reading the num_rows ids back is where the host waits for the device, and nowhere
-    else: what a draw needs goes up in one copy, and a fault in the logits comes down as an id, -1.
+    `logits` is (num_rows, vocab_size), any float dtype; row i is sampled with the parameters and seed of
+    `requests[i]`. The host waits for the device only where it reads the num_rows ids back: what a draw
+    needs goes up in one copy, and a fault in the logits comes down as an id, -1.
     """
     likeliest, token_ids = logits.max(dim=-1)  # (num_rows,)
     rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
     if rows:
-        wishes = [requests[i].params for i in rows]
+        params = [requests[i].params for i in rows]
         draws = [uniform(requests[i].seed, requests[i].num_output_tokens) for i in rows]
         vocab_size = logits.shape[1]
         values = upload(torch.tensor([
             rows,
-            [p.temperature for p in wishes],
-            [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in wishes],
-            [p.top_p if p.top_p < 1 else torch.inf for p in wishes],
+            [p.temperature for p in params],
+            [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params],
+            [p.top_p if p.top_p < 1 else torch.inf for p in params],
             draws,
         ], dtype=torch.float64), logits.device)  # (5, rows): a double holds every one of them exactly
         chosen = values[0].long()
         token_ids = token_ids.index_copy(0, chosen, _draw(logits.index_select(0, chosen), *values[1:]))
     token_ids = token_ids.masked_fill(~likeliest.isfinite(), -1).tolist()
     if -1 in token_ids:
-        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or its dtype overflows")
+        raise FloatingPointError("the model's logits are not finite: a weight is not, the dtype overflows, or attention "
+                                 "has read slots that were never written (see Scheduler.check_invariants)")
     return token_ids
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from nanopaged.validation import require_choice, require_int, require_number, require_seed, require_text, shown
 
 
-def derive_seed(seed: int, what: str, index: int) -> int:
-    """A seed of its own for each thing of a kind; the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{what}/{index}".encode(), digest_size=8).digest(), "little")
+def hashed(*parts: object) -> int:
+    """64 bits that depend on all parts, and are the same on every machine."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
 
 
 def continuation_seed(seed: int, index: int) -> int:
     """The seed of continuation `index` of a request: its own for the first, one derived from both for the others."""
-    return seed if index == 0 else derive_seed(seed, "continuation", index)
+    return seed if index == 0 else hashed(seed, "continuation", index)
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class SamplingParams:
         stop_token_ids: token ids that end the output. The id is the last of `token_ids`, but not
             part of the text.
         ignore_eos: go on past the model's end-of-text token.
-        seed: an int of at most 128 bits; the same request with the same seed gives the same tokens, whatever runs
-            beside it. None: a seed is drawn from the engine's own. Continuation i of n is what the
+        seed: an int of at most 128 bits; the same request with the same seed gives the same tokens, whatever
+            other requests run. None: a seed is derived from the engine's own. Continuation i of n is what the
             request would give alone with the seed `continuation_seed(seed, i)`.
 
     Raises:
@@ -76,3 +76,20 @@ class SamplingParams:
         # The dataclass is frozen, so that requests may share one; this is its own constructor.
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(stop_token_ids))
+
+
+def one_for_each(prompts: object, sampling_params: object) -> list[tuple[object, object]]:
+    """The arguments of `LLM.generate`, paired: (prompt, sampling_params) of each request.
+
+    Raises TypeError or ValueError if they are not lists of equal length, or one text, or one SamplingParams.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, (list, tuple)) or any(isinstance(prompt, int) for prompt in prompts):
+        raise TypeError("prompts must be a str, or a list of str and of lists of token ids ([[1, 2, 3]] is one prompt of "
+                        f"three tokens), got {prompts!r:.80}")
+    if not isinstance(sampling_params, (list, tuple)):
+        sampling_params = [sampling_params] * len(prompts)
+    if len(sampling_params) != len(prompts):
+        raise ValueError(f"got {len(sampling_params)} sampling_params for {len(prompts)} prompts: give one for all, or "
+                         "one for each")
+    return list(zip(prompts, sampling_params))

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanopaged.attention_arguments import check_attention, check_write
+from nanopaged.attention_arguments import RaggedBatch, check_attention, check_write
 
 
 class AttentionBackend(NamedTuple):
-    """The two operations, by whoever does them: torch here, Triton in `paged_attention`."""
+    """The two operations, in one implementation: torch here, Triton in `paged_attention`."""
 
     write_kv: Callable[..., None]
     paged_attention: Callable[..., torch.Tensor]
@@ -45,8 +45,7 @@ def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_ca
     v_cache[blocks, :, offsets] = v
 
 
-def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-                          query_start: torch.Tensor, seq_lens: torch.Tensor, max_query_len: int,
+def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: RaggedBatch,
                           scale: float) -> torch.Tensor:
     """Causal attention of a ragged batch over its block tables, accumulated in float32.
 
@@ -58,29 +57,25 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
             bfloat16. The rows of request i are query_start[i] .. query_start[i + 1] - 1.
         k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous;
             q's dtype. The K and V of this step's tokens are already in them.
-        block_tables: (num_requests, any width) int32, last dimension contiguous; entry j holds
-            positions j * block_size and up. Entries past a request's length are not read.
-        query_start: (num_requests + 1,) int32, from 0 to num_tokens, not falling.
-        seq_lens: (num_requests,) int32, tokens in the context, with this step's rows.
-        max_query_len: the most rows that one request has; where it is 1, the kernel for decoding runs.
+        batch: whose rows these are, and where their contexts lie, see `RaggedBatch`.
         scale: multiplies the scores; 1 / sqrt(head_dim) in GPT-2.
 
     Returns (num_tokens, num_heads, head_dim), contiguous, q's dtype. Raises TypeError or ValueError
     for a dtype, shape, layout or device that does not fit.
     """
-    check_attention(q, k_cache, v_cache, block_tables, query_start, seq_lens, max_query_len)
+    check_attention(q, k_cache, v_cache, batch)
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     # Head h of block b is row b * num_kv_heads + h of these: one copy gathers head after head.
     k_rows, v_rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (num_blocks * num_kv_heads, block_size, head_dim)
     heads = torch.arange(num_kv_heads, device=q.device)[:, None]  # (num_kv_heads, 1)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    starts, lengths = query_start.tolist(), seq_lens.tolist()
+    starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
     for i, length in enumerate(lengths):
         first, last = starts[i], starts[i + 1]
         if (n := last - first) == 0:
             continue
-        # Gather the scattered blocks into one contiguous context: what the kernel never does.
-        gathered = (block_tables[i, : -(-length // block_size)] * num_kv_heads + heads).flatten()
+        # Gather the scattered blocks into one contiguous context: what the kernels never do.
+        gathered = (batch.block_tables[i, : -(-length // block_size)] * num_kv_heads + heads).flatten()
         k = k_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
         v = v_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
         rows = q[first:last].transpose(0, 1)[None].float()  # (1, num_heads, n, head_dim)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import train_free_demo
-from oracle import TINY, continue_densely, tiny_model
+from tests.oracle import TINY, continue_densely, tiny_model
 from test_checkpoint import STATE, save
 
 from nanopaged import LLM, SamplingParams
-from nanopaged.checkpoint import CheckpointError
+from nanopaged.models.checkpoint import CheckpointError
 from nanopaged.gpt2 import GPT2, GPT2Config
-from nanopaged.tokenizer import Tokenizer, byte_encoding
+from nanopaged.models.tokenizer import Tokenizer, byte_encoding
 
 BYTES = GPT2Config(vocab_size=257, n_positions=96, n_embd=32, n_layer=2, n_head=2, eos_token_id=256)
 MODEL, NO_TOKENIZER = tiny_model(BYTES), tiny_model(TINY)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import TINY, continue_densely, tiny_model
+from tests.oracle import TINY, continue_densely, tiny_model
 
 from nanopaged import LLM, SamplingParams
-from nanopaged.copycat import CONFIG as COPYCAT_CONFIG
+from nanopaged.models.copycat import CONFIG as COPYCAT_CONFIG
 from nanopaged.gpt2 import GPT2, GPT2Config
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from types import FrameType
 
 import pytest
 import torch
-from oracle import continue_densely, tiny_model
+from tests.oracle import continue_densely, tiny_model
 
 import nanopaged
 from nanopaged import LLM, RequestOutput, SamplingParams
@@ -24,7 +24,7 @@ from nanopaged.interrupts import uninterrupted
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import continuation_seed
 from nanopaged.scheduler import Scheduler
-from nanopaged.swap_space import BlockMove
+from nanopaged.pressure.swap_space import BlockMove
 
 PACKAGE = str(Path(nanopaged.__file__).parent) + os.sep
 BYTES = GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=256)

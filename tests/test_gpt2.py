@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanopaged.batch import Batch
-from nanopaged.checkpoint import from_state_dict
+from nanopaged.models.checkpoint import from_state_dict
 from nanopaged.gpt2 import FEW_ROWS, GPT2, GPT2Config, gelu, project
 from nanopaged.torch_attention import TORCH
 from nanopaged.request import Request

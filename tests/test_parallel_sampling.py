@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import assert_dense_continuation, tiny_model
-from test_engine import tiny_llm
+from tests.oracle import assert_dense_continuation, tiny_model
+from tests.test_engine import tiny_llm
 
 from nanopaged import LLM, SamplingParams
 from nanopaged.outputs import RequestOutput
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import continuation_seed
-from nanopaged.swap_space import BlockMove
+from nanopaged.pressure.swap_space import BlockMove
 
 MODEL = tiny_model()
 PROMPT = list(range(20))  # with blocks of 8: two full ones, and one with 4 tokens

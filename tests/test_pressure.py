@@ -18,7 +18,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # for the command above
 
 import torch  # noqa: E402
-from oracle import TINY, assert_dense_continuation, tiny_model  # noqa: E402
+from tests.oracle import TINY, assert_dense_continuation, tiny_model  # noqa: E402
 
 from nanopaged import LLM, SamplingParams, TooManyWaiting  # noqa: E402
 from nanopaged.sampling_params import continuation_seed  # noqa: E402

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import nanopaged
-from nanopaged import admission
+from nanopaged.pressure import admission
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams

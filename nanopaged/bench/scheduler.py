@@ -22,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from nanopaged.admission import reserve, watermark
+from nanopaged.pressure.admission import reserve, watermark
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.report import show_progress, table
 from nanopaged.request import Request

@@ -1,0 +1,120 @@
+"""How does a GPU decode without waiting for Python?
+
+A decode step of GPT-2 launches some 150 kernels. Launching each from Python takes longer than it runs,
+as long as the batch is small. A CUDA graph is the recording of such a sequence, launched at once; but
+it is a recording, of the same kernels at the same addresses with the same shapes. So:
+
+    shapes      the step is padded to the next of a few batch sizes, and its block tables to the longest
+    addresses   inputs are copied into the tensor that was recorded, logits come out where they did then
+    kernels     every choice between them depends on those shapes alone (see `paged_attention.split_tokens`)
+
+A size is recorded when a step needs it for the first time. Steps with prompts in them have any shape,
+and are long enough to hide their launches: they run eagerly.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from nanopaged.batch import Batch, upload
+from nanopaged.gpt2 import GPT2, GPT2Config
+from nanopaged.paged_attention import TRITON, device_of
+from nanopaged.step import Step
+
+Replay = Callable[[], torch.Tensor]
+
+
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """The sizes that are recorded: finer where a padded row is a larger share; the last is `max_num_seqs`."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_num_seqs, 32)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def is_decode(step: Step) -> bool:
+    """Whether each request of a step computes one token, and draws one."""
+    return step.num_decodes == len(step.requests) and [request for _, request in step.sampled] == step.requests
+
+
+def logits_bytes(config: GPT2Config, dtype: torch.dtype, max_num_seqs: int) -> int:
+    """Memory that the recordings of all sizes hold on to: their logits."""
+    return sum(batch_sizes(max_num_seqs)) * config.vocab_size * dtype.itemsize
+
+
+def padded(batch: Batch, size: int, table_width: int) -> Batch:
+    """A decode step's batch of `size` requests: the last one is repeated, and block tables are `table_width` wide.
+
+    A repeated request writes the same K and V to the same slots again.
+    """
+    missing = size - len(batch.seq_lens)
+
+    def repeated(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([values, *[values[-1:]] * missing])
+
+    tables = F.pad(batch.block_tables, (0, table_width - batch.block_tables.shape[1]))
+    rows = torch.arange(size + 1, dtype=torch.int32)
+    flat = torch.cat([repeated(batch.token_ids), repeated(batch.positions), repeated(batch.slots), rows,
+                      repeated(batch.seq_lens), rows[:-1], repeated(tables).flatten()])
+    return Batch(flat, size, size, size, size)
+
+
+class DecodeGraphs:
+    """Computes the logits of a step: a decode step by replaying a recording, any other by `eager`.
+
+    Args:
+        model, kv_cache: on a CUDA device; neither may move, or be replaced, afterwards.
+        block_size, max_model_len: tokens in a block, and in the longest request.
+        max_num_seqs: most requests in a step.
+        eager: computes the logits (num_sampled, vocab_size) of any step.
+        capture: records what a function does and returns what repeats it; None: a CUDA graph.
+    """
+
+    def __init__(self, model: GPT2, kv_cache: torch.Tensor, block_size: int, max_model_len: int, max_num_seqs: int,
+                 eager: Callable[[Step], torch.Tensor], capture: Callable[[Replay], Replay] | None = None) -> None:
+        self.model, self.kv_cache, self.block_size, self.eager = model, kv_cache, block_size, eager
+        self.table_width = -(-max_model_len // block_size)
+        self.sizes = batch_sizes(max_num_seqs)
+        self.capture = capture or _CudaCapture(kv_cache.device)
+        self.recorded: dict[int, tuple[Batch, Replay]] = {}  # batch size -> its inputs, and what computes their logits
+
+    @torch.inference_mode()
+    def __call__(self, step: Step) -> torch.Tensor:
+        """Logits (num_sampled, vocab_size); valid until the next call."""
+        if not is_decode(step):
+            return self.eager(step)
+        num_requests = len(step.requests)
+        size = self.sizes[bisect_left(self.sizes, num_requests)]
+        batch = padded(Batch.from_step(step, self.block_size, torch.device("cpu")), size, self.table_width)
+        with device_of(self.kv_cache):  # a graph is recorded, and replayed, on the current device
+            if size in self.recorded:
+                inputs, replay = self.recorded[size]
+                inputs.flat.copy_(batch.flat.pin_memory() if inputs.flat.is_cuda else batch.flat, non_blocking=True)
+                logits = replay()  # (size, vocab_size)
+            else:
+                inputs = Batch(upload(batch.flat, self.kv_cache.device), *batch.sizes)
+                # This step runs eagerly: Triton compiles and cuBLAS starts up, which may not happen in a recording.
+                logits = self.model(inputs, self.kv_cache, TRITON)  # (size, vocab_size)
+                self.recorded[size] = inputs, self.capture(lambda: self.model(inputs, self.kv_cache, TRITON))
+        return logits[:num_requests]
+
+
+class _CudaCapture:
+    """Records CUDA graphs that share the memory for what lies between their inputs and outputs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # torch's own is one for all devices
+
+    def __call__(self, compute: Replay) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            logits = compute()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return logits
+
+        return replay

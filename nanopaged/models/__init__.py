@@ -1,0 +1,1 @@
+"""Weights and text: a model written by hand, checkpoints, and the tokenizer."""

@@ -1,0 +1,1 @@
+"""The real scheduler with no model: `python -m nanopaged.simulate`."""

@@ -1,0 +1,220 @@
+"""python -m nanopaged.simulate: paging beside contiguous reservation, on one trace and in one memory.
+
+Repeats Figure 2 of the vLLM paper (Kwon et al., SOSP 2023) with the real scheduler and no model. The
+defaults are the paper's: 15,700 slots of KV memory and contexts of at most 2,048 tokens, its OPT-13B on an
+A100 with 40 GB. Requests arrive faster than any of the servers can answer, so that memory is what limits
+them all; lower --rate to see the latencies of servers that keep up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+
+from nanopaged.simulate import traces
+from nanopaged.pressure.admission import policy
+from nanopaged.block_allocator import BlockAllocator
+from nanopaged.simulate.contiguous import ALLOCATORS, RESERVATIONS, ContiguousScheduler
+from nanopaged.report import main, show_progress, table
+from nanopaged.simulate.simulator import Clock, PagedServer, Result, Server, StepCost, Trace, as_request, simulate, summarize
+from nanopaged.simulate.traces import TraceRequest
+from nanopaged.validation import require_int
+
+MAX_SLOTS = 10_000_000  # the allocator's books take some 70 bytes for each, where a block has one slot
+# Arrivals a second: about three times what can be served in steps of the default StepCost.
+RATES = {"sharegpt": 0.8, "alpaca": 15.0}
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+POOL_SHARES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)
+
+COLUMNS: dict[str, Callable[[Result], object]] = {
+    "tokens": lambda result: f"{result.memory['tokens']:.1%}",
+    "reserved": lambda result: f"{result.memory['reserved']:.1%}",
+    "internal": lambda result: f"{result.memory['internal']:.1%}",
+    "external": lambda result: f"{result.memory['external']:.1%}",
+    "free": lambda result: f"{result.memory['free']:.1%}",
+    "batch": lambda result: result.average_batch,
+    "tokens/s": lambda result: result.tokens_per_s,
+    "TTFT p50 s": lambda result: result.ttft_p50_s,
+    "TTFT p99 s": lambda result: result.ttft_p99_s,
+    "TBT p50 s": lambda result: result.tbt_p50_s,
+    "TBT p99 s": lambda result: result.tbt_p99_s,
+    "preemptions": lambda result: result.counts.num_preemptions,
+    "storms": lambda result: result.counts.num_storms,
+    "goodput": lambda result: result.goodput,
+    "prefix hits": lambda result: f"{result.hit_share:.1%}",
+    "table entries": lambda result: result.average_table,
+}
+MEMORY = ["tokens", "reserved", "internal", "external", "free"]
+LATENCY = ["TTFT p50 s", "TTFT p99 s", "TBT p50 s", "TBT p99 s"]
+READ_MEMORY = """\
+Shares of all KV memory, averaged over the time in which requests arrive. `tokens`: K and V of computed tokens;
+higher is better, and 100% the ceiling. `reserved`: for tokens that a request will still generate. `internal`: held,
+and never used. `external`: free, but refused to a request that waits. `free`: wanted by nobody. The paper's Figure 2
+has 96.3% in `tokens` for paged, and 20.4% for max, 26.8% for pow2, 38.2% for oracle (with --contiguous buddy)."""
+READ_SPEED = """\
+`batch`: requests in a step; `tokens/s`: generated; higher is better. TTFT, time to first token, and TBT, time between
+tokens: lower is better. `goodput`: share of the computed tokens that were computed for the first time; below 1 the
+pool let in more than it could hold, and `preemptions` threw work away."""
+READ_BLOCK_SIZE = """\
+Small blocks waste less and share more, large ones need short block tables. `internal`: the unfilled ends of blocks,
+and slots that make no whole block, as a share of all KV memory; lower is better. `prefix hits`: share of prompt
+tokens found in the pool; higher is better. `table entries`: length of a request's block table; lower is better."""
+READ_POOL = """\
+Where does the storm begin? `storms`: how often goodput over 64 steps fell below 0.8 (storm.py); fewer are better.
+`goodput`: share of the computed tokens that were computed for the first time; 1 is the ceiling. TTFT: time to first
+token, lower is better. `tokens`: share of that row's memory."""
+TABLES = {  # by what is swept: (what a row is, columns, how to read them)
+    None: [("server", MEMORY, READ_MEMORY),
+           ("server", ["batch", "tokens/s", *LATENCY, "preemptions", "goodput"], READ_SPEED)],
+    "block-size": [("block size", ["internal", "prefix hits", "table entries", "tokens", "batch", "tokens/s"],
+                    READ_BLOCK_SIZE)],
+    "pool": [("slots", ["tokens", "batch", "tokens/s", "TTFT p50 s", "TTFT p99 s", "preemptions", "storms", "goodput"],
+              READ_POOL)],
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    cost = StepCost()
+    requests = parser.add_argument_group("requests")
+    requests.add_argument("--dataset", choices=sorted(traces.DATASETS),
+                          help="whose length statistics to draw from (default: sharegpt)")
+    requests.add_argument("--requests", type=int, help="how many (default: 2000; 1000 for --sweep)")
+    requests.add_argument("--rate", type=float, help="Poisson arrivals a second (default: by dataset, "
+                          f"{', '.join(f'{name} {rate:g}' for name, rate in RATES.items())}; "
+                          "a quarter of that for --sweep pool, so that a pool can be large enough)")
+    requests.add_argument("--shared-prefix", type=float, metavar="SHARE", help="share of each prompt that is one of "
+                          f"{traces.NUM_SHARED_PREFIXES} common beginnings (default: 0; 0.5 for --sweep block-size)")
+    requests.add_argument("--seed", type=int, help="(default: 0)")
+    requests.add_argument("--trace", metavar="FILE", help="a trace of your own instead: one JSON object a line, as in "
+                          '{"arrival_s": 0.25, "prompt": 161, "output_tokens": 338}; prompt may be a list of token ids')
+    server = parser.add_argument_group("servers")
+    server.add_argument("--servers", nargs="+", choices=["paged", *RESERVATIONS], metavar="NAME",
+                        help="of paged, max, pow2, oracle (default: all)")
+    server.add_argument("--contiguous", choices=ALLOCATORS, help="how max, pow2 and oracle find their stretches; the "
+                        "paper's used buddy (default: first-fit)")
+    server.add_argument("--slots", type=int, default=15_700, help="KV memory, in tokens (default: %(default)s)")
+    server.add_argument("--max-num-seqs", type=int, default=256, help="requests in a step (default: %(default)s)")
+    server.add_argument("--max-num-batched-tokens", type=int, default=2048, help="(default: %(default)s)")
+    server.add_argument("--max-model-len", type=int, default=2048, help="prompt and output (default: %(default)s)")
+    paged = parser.add_argument_group("paging")
+    paged.add_argument("--block-size", type=int, help="slots in a block (default: 16)")
+    paged.add_argument("--admission", choices=["watermark", "reserve", "greedy"], default="watermark",
+                       help="whom to let in, see admission.py; reserve knows the true lengths here "
+                       "(default: %(default)s)")
+    paged.add_argument("--watermark", type=float, default=0.01, help="share of blocks kept free (default: %(default)s)")
+    paged.add_argument("--swap-blocks", type=int, default=0, help="in CPU memory, for preempted requests; "
+                       "their copying costs no time here (default: %(default)s)")
+    paged.add_argument("--sweep", choices=["block-size", "pool"], help="instead: paging alone, over many of these")
+    seconds = parser.add_argument_group("seconds of a step, see StepCost")
+    seconds.add_argument("--fixed-s", type=float, default=cost.fixed_s, help="(default: %(default)s)")
+    seconds.add_argument("--per-token-s", type=float, default=cost.per_token_s, help="(default: %(default)s)")
+    seconds.add_argument("--per-kv-token-s", type=float, default=cost.per_kv_token_s, help="(default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    """Runs what was asked for, prints its tables, and returns its figures."""
+    cost = StepCost(args.fixed_s, args.per_token_s, args.per_kv_token_s)
+    require_int("slots", args.slots, 1, MAX_SLOTS)
+    require_int("max_model_len", args.max_model_len, 2, MAX_SLOTS)
+    require_int("swap_blocks", args.swap_blocks, 0, MAX_SLOTS // 10)  # each of a sweep's servers has so many
+    trace, clock = chosen_trace(args), Clock()
+    servers = {label: make_server(args, clock, *server) for label, server in chosen_servers(args).items()}
+    start, results = time.perf_counter(), {}
+    summary = summarize(partial(fitting, trace, servers, args))  # to its end: nothing runs where one request cannot
+    for label, server in servers.items():
+        def progress(finished: int) -> None:
+            elapsed_s = time.perf_counter() - start
+            show_progress(f"{label}: {finished:,} of {summary.requests:,} requests, {elapsed_s:.0f} s")
+
+        results[label] = simulate(trace, summary.last_arrival_s, server, clock, cost, progress)
+    wall_s = time.perf_counter() - start
+    show_progress("")
+    print(f"{summary.requests:,} requests in {summary.last_arrival_s - summary.first_arrival_s:,.0f} s, of "
+          f"{summary.mean_prompt:.0f} prompt and {summary.mean_output:.0f} output tokens on average; "
+          f"{args.slots:,} slots of KV memory, one a token.\n"
+          f"A step takes {cost.fixed_s * 1e3:g} ms, and {cost.per_token_s * 1e3:g} ms for each token computed, and "
+          f"{cost.per_kv_token_s * 1e3:g} ms for each token of context read.\nSimulated in {wall_s:.1f} s.")
+    for rows, columns, explanation in TABLES[args.sweep]:
+        cells = [[label, *(COLUMNS[column](result) for column in columns)] for label, result in results.items()]
+        print(f"\n{table([rows, *columns], cells)}\n\n{explanation}")
+    return {"trace": summary._asdict(), "step_cost": asdict(cost), "wall_s": wall_s,
+            "results": {label: asdict(result) for label, result in results.items()}}
+
+
+def chosen_trace(args: argparse.Namespace) -> Trace:
+    if args.trace is not None:
+        refuse_beside(args, "--trace", "dataset", "requests", "rate", "shared_prefix", "seed")
+        return partial(traces.read, args.trace, args.max_model_len)
+    settle(args, dataset="sharegpt", requests=1000 if args.sweep else 2000, seed=0,
+           shared_prefix=0.5 if args.sweep == "block-size" else 0.0)
+    settle(args, rate=RATES[args.dataset] / (4 if args.sweep == "pool" else 1))
+    return partial(traces.generate, traces.DATASETS[args.dataset], args.requests, args.rate, args.max_model_len,
+                   args.shared_prefix, args.seed)
+
+
+def chosen_servers(args: argparse.Namespace) -> dict[str | int, tuple[str, int, int]]:
+    """What to run, by the first cell of its row: (name, slots, block size)."""
+    if args.sweep:
+        refuse_beside(args, f"--sweep {args.sweep}", "servers", "contiguous")
+    if args.sweep == "block-size":
+        refuse_beside(args, "--sweep block-size", "block_size")
+        return {size: ("paged", args.slots, size) for size in BLOCK_SIZES}
+    settle(args, block_size=16)
+    require_int("block_size", args.block_size, 1)
+    if args.sweep == "pool":
+        return {int(share * args.slots): ("paged", int(share * args.slots), args.block_size) for share in POOL_SHARES}
+    settle(args, servers=["paged", *RESERVATIONS], contiguous="first-fit")
+    return {name: (name, args.slots, args.block_size) for name in args.servers}
+
+
+def refuse_beside(args: argparse.Namespace, option: str, *others: str) -> None:
+    """Raises ValueError where any of the others, to which this option leaves nothing to say, was given."""
+    given = [f"--{other.replace('_', '-')}" for other in others if getattr(args, other) is not None]
+    if given:
+        raise ValueError(f"{option} leaves nothing for {', '.join(given)} to say: give one or the other")
+
+
+def settle(args: argparse.Namespace, **defaults: object) -> None:
+    """Gives what was not asked for its default, so that the arguments say what was run."""
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
+
+
+def make_server(args: argparse.Namespace, clock: Clock, name: str, slots: int, block_size: int) -> Server:
+    """An empty server: "paged", or one of `RESERVATIONS`."""
+    limits = args.max_num_seqs, args.max_num_batched_tokens, args.max_model_len
+    if name != "paged":
+        return ContiguousScheduler(ALLOCATORS[args.contiguous](slots), RESERVATIONS[name], *limits, clock)
+    num_blocks, left_over = divmod(slots, block_size)
+    if num_blocks == 0:
+        raise ValueError(f"{slots:,} slots make no block of {block_size:,}: raise --slots, or choose smaller blocks")
+    server = PagedServer(BlockAllocator(num_blocks, block_size), *limits, policy(args.admission, args.watermark),
+                         args.swap_blocks, clock=clock)
+    server.left_over = left_over
+    return server
+
+
+def fitting(trace: Trace, servers: dict[str | int, Server], args: argparse.Namespace) -> Iterator[TraceRequest]:
+    """The same trace. Raises ValueError, naming the request, where one could never run on one of these servers."""
+    for number, arrival in enumerate(trace(), 1):
+        request = as_request(arrival, number)
+        for label, server in servers.items():
+            if (needed := server.slots_for(request)) > server.longest:
+                where = f"request {number}" if args.trace is None else f"{args.trace}, line {number}"
+                raise ValueError(
+                    f"{where}: {len(arrival.prompt)} prompt and {arrival.output_tokens} output tokens need {needed:,} "
+                    f"slots, and a request can have at most {server.longest:,} ({TABLES[args.sweep][0][0]} {label}): "
+                    "raise --slots")
+        yield arrival
+
+
+if __name__ == "__main__":
+    logging.getLogger("nanopaged.pressure.storm").setLevel(logging.ERROR)  # storms are provoked here, and counted
+    command = argparse.ArgumentParser(prog="python -m nanopaged.simulate", description=__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(command)
+    sys.exit(main(command, run))

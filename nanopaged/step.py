@@ -1,0 +1,87 @@
+"""What is one step, and who is told of it?
+
+The scheduler plans a step, the batch lays it out, the engine computes it, the scheduler records it;
+then listeners (counters, a storm watch, a recorder) are told.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nanopaged.block_allocator import BlockMove
+from nanopaged.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class Admission(NamedTuple):
+    """A request that was admitted, and how many of its known tokens need not be computed."""
+
+    request: Request
+    known_tokens: int
+    hit_tokens: int  # found in the pool
+    restored_tokens: int  # kept outside the pool, and brought back
+    is_first: bool  # no preemption came before
+
+
+@dataclass
+class Step:
+    """One step's plan: `requests[i]` computes `num_tokens[i]` tokens, from position `starts[i]` on."""
+
+    budget: int  # tokens that no request has taken yet
+    requests: list[Request] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    num_decodes: int = 0  # the first so many requests compute one token each, the others more
+    # (i, request): a token for `request` is drawn from the logits of requests[i]'s last row. It is that
+    # request, or one of its followers, which start with this token.
+    sampled: list[tuple[int, Request]] = field(default_factory=list)
+    moves: list[BlockMove] = field(default_factory=list)  # to be made before the step is computed
+    # Since the step that was recorded last; a plan that was not carried out has its part in it.
+    admitted: list[Admission] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    # Known once the step is recorded.
+    recomputed_tokens: int = 0  # tokens that the same request had in the pool, and lost
+    referenced_blocks: int = 0
+
+    @property
+    def computed_tokens(self) -> int:
+        return sum(self.num_tokens)
+
+    def arrange(self) -> None:
+        """Moves decoding requests to the front, and decides for which requests tokens are drawn."""
+        self.num_decodes = self.num_tokens.count(1)
+        if 0 < self.num_decodes < len(self.requests):
+            rows = sorted(zip(self.requests, self.starts, self.num_tokens), key=lambda row: row[2] > 1)  # stable
+            self.requests, self.starts, self.num_tokens = map(list, zip(*rows))
+        for i, (request, start, num_tokens) in enumerate(zip(self.requests, self.starts, self.num_tokens)):
+            if start + num_tokens == len(request.token_ids):
+                self.sampled.append((i, request))
+                if request.followers:
+                    self.sampled += [(i, follower) for follower in request.followers]
+
+
+class Listener:
+    """Is told what happened, once the state is consistent. It may read everything, and call nothing that changes it."""
+
+    def added(self, request: Request) -> None:
+        """A request was queued."""
+
+    def stepped(self, step: Step) -> None:
+        """A step was recorded."""
+
+    def ended(self, request: Request) -> None:
+        """A request has finished, or was aborted."""
+
+
+class Listeners(list[Listener]):
+    def tell(self, event: str, subject: Request | Step) -> None:
+        """Calls `event` of each. One that raises is detached, and logged, and nothing else changes."""
+        for listener in self[:]:
+            try:
+                getattr(listener, event)(subject)
+            except Exception:
+                logger.exception("a listener raised, and is told nothing from here on: %r", listener)
+                self.remove(listener)

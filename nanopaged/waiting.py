@@ -1,0 +1,121 @@
+"""Which request is next, and may it be admitted? The queue, and what policies judge by.
+
+PagedAttention answers neither question. A request that is admitted too early makes others give way,
+one that waits too long leaves memory idle; and every order lets some requests wait for others. So
+both are functions that the user may choose, or write: `pressure/` has more of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
+
+from nanopaged.request import Request, RequestStatus
+from nanopaged.validation import require_number
+
+if TYPE_CHECKING:
+    from nanopaged.scheduler import Scheduler
+
+class TooManyWaiting(RuntimeError):
+    """The queue is full: send the request again later, or elsewhere. Nothing was changed."""
+
+
+OrderPolicy = Callable[[Request], float]  # lower is served first
+
+
+def fcfs(request: Request) -> float:
+    """First come, first served: all are equal, and ties go by arrival."""
+    return 0
+
+
+def place_in(order: OrderPolicy, request: Request) -> float:
+    """A request's place. Raises TypeError or ValueError if the policy returns no finite number."""
+    return require_number(f"the place that order={getattr(order, '__name__', order)} gives a request",
+                          order(request), -math.inf)
+
+
+@dataclass(frozen=True)
+class AdmissionContext:
+    """What an admission policy may judge by, in blocks. The candidate is the first waiting request.
+
+    A policy is asked about it whenever others run; a request that is alone is always admitted. And it is
+    asked once when a request is added, about an empty pool (with chunk and prompt 0): a request refused
+    here can never run.
+    """
+
+    pool: int  # blocks in the whole pool
+    available: int  # free or cached, once the candidate holds what it can share
+    committed: int  # what all running requests would hold at full length, shared blocks counted for each
+    chunk: int  # what the candidate takes in this very step
+    prompt: int  # what it takes until all its known tokens are computed
+    full: int  # what it and all its continuations would hold at full length
+
+
+AdmissionPolicy = Callable[[AdmissionContext], bool]
+
+
+def watermark(share: float) -> AdmissionPolicy:
+    """Admits while the prompt fits and `share` of the pool stays free for running requests to grow into."""
+    require_number("watermark", share, 0.0, 1.0)
+    return lambda context: context.available - context.prompt >= int(share * context.pool)
+
+
+def refuse_what_never_fits(request: Request, max_length: int, full_blocks: int, scheduler: Scheduler) -> None:
+    """Raises ValueError if a request could not run in an idle engine: then waiting would not help.
+
+    `max_length` tokens and `full_blocks` blocks are what it needs at full length.
+    """
+    prompt, pool, seats = request.num_prompt_tokens, scheduler.allocator.num_blocks, request.num_seats
+    if prompt >= scheduler.max_model_len:
+        raise ValueError(f"the prompt has {prompt} tokens; with max_model_len={scheduler.max_model_len} at most "
+                         f"{scheduler.max_model_len - 1} leave room for an output")
+    if seats > scheduler.max_num_seqs:
+        raise ValueError(f"n={seats} continuations need as many seats, max_num_seqs is {scheduler.max_num_seqs}")
+    if full_blocks > pool:
+        raise ValueError(f"the request can never fit: its {prompt} prompt tokens and up to {max_length - prompt} output "
+                         f"tokens need {full_blocks} blocks of {scheduler.block_size}, and the whole pool has {pool}: "
+                         "lower max_tokens, or raise num_blocks")
+    empty = AdmissionContext(pool=pool, available=pool, committed=0, chunk=0, prompt=0, full=full_blocks * seats)
+    if not scheduler.admission(empty):
+        raise ValueError(f"the request can never fit: the admission policy refuses it even in an empty pool, {empty}")
+
+
+class WaitingQueue:
+    """Waiting requests in the order of their keys; O(log n) for each operation.
+
+    A heap. A request that leaves from its middle stays in it until it comes to the top, or until such
+    requests are more than half of it.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[float, ...], Request]] = []
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Request]:  # in order; sorts, so it is for looking at the queue
+        return iter(sorted((r for _, r in self._heap if r.status is RequestStatus.WAITING), key=lambda r: r.key))
+
+    def push(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        heappush(self._heap, (request.key, request))
+        self._size += 1
+
+    def first(self) -> Request:
+        while self._heap[0][1].status is not RequestStatus.WAITING:
+            heappop(self._heap)
+        return self._heap[0][1]
+
+    def leave(self, request: Request, status: RequestStatus) -> None:
+        """Takes a request out of the queue: the first, which may come back, or any other, which may not."""
+        request.status = status
+        self._size -= 1
+        if self._heap[0][1] is request:
+            heappop(self._heap)
+        if len(self._heap) > 2 * self._size + 64:
+            self._heap = [entry for entry in self._heap if entry[1].status is RequestStatus.WAITING]
+            heapify(self._heap)

@@ -1,0 +1,364 @@
+"""Are a checkpoint's weights the model's, and does a wrong file say what is wrong with it?
+
+The checkpoints are variations of tests/data/gpt2_reference.pt, a tiny GPT-2 in Hugging Face's
+layout whose logits are known: a model that was put together wrongly computes others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanopaged import checkpoint
+from nanopaged.models.checkpoint import CheckpointError, download, from_state_dict, load_model
+from nanopaged.gpt2 import GPT2, GPT2Config
+
+REFERENCE = torch.load(Path(__file__).parent / "data" / "gpt2_reference.pt", weights_only=True)
+STATE, TOKENS, LOGITS = REFERENCE["state"], REFERENCE["token_ids"], REFERENCE["logits"]
+CONFIG = GPT2Config(vocab_size=101, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=128,
+                    layer_norm_epsilon=0.01)
+FORMATS = ("pytorch_model.bin", "old.bin", "weights.pt", "model.safetensors")  # old: as before torch 1.6
+
+# What `save` puts in the place of the reference's own; None takes a tensor out.
+Tensors = dict[str, torch.Tensor | None]
+
+
+def save(folder: Path, file: str = "pytorch_model.bin", tensors: Tensors | None = None,
+         fields: dict[str, object] | None = None) -> str:
+    """Writes the reference with changes, and config.json beside it; returns the weights' path."""
+    state = {name: tensor for name, tensor in {**STATE, **(tensors or {})}.items() if tensor is not None}
+    folder.mkdir(exist_ok=True)
+    path = folder / file
+    if path.suffix == ".safetensors":
+        del state["lm_head.weight"]  # as Hugging Face does: this format stores no tensor twice
+        pytest.importorskip("safetensors.torch", reason="safetensors is optional, and not installed").save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=not file.startswith("old"))
+    (path.parent / "config.json").write_text(json.dumps({**REFERENCE["config"], **(fields or {})}), encoding="utf-8")
+    return str(path)
+
+
+def assert_is_the_reference(model: GPT2) -> None:
+    torch.testing.assert_close(model.dense(TOKENS), LOGITS, atol=3e-5, rtol=0.0)
+
+
+def assert_refused(path: str | Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_model(str(path))
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_a_file_of_any_format_gives_the_logits_it_was_saved_with(tmp_path: Path, file: str) -> None:
+    model = load_model(save(tmp_path, file))
+    assert model.config == CONFIG
+    assert_is_the_reference(model)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "pytorch_model.pt", "model.safetensors"])
+def test_a_folder_is_read_by_the_weights_in_it(tmp_path: Path, file: str) -> None:
+    save(tmp_path, file)
+    assert_is_the_reference(load_model(str(tmp_path)))
+
+
+def test_a_path_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "models")
+    assert_is_the_reference(load_model("~/models"))
+
+
+def test_names_are_the_same_with_and_without_their_prefix() -> None:
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in STATE.items()}
+    assert_is_the_reference(from_state_dict(STATE, CONFIG, "prefixed"))
+    assert_is_the_reference(from_state_dict(bare, CONFIG, "bare"))
+
+
+def test_the_state_dict_that_was_given_is_not_changed() -> None:
+    state = dict(STATE)
+    from_state_dict(state, CONFIG, "memory")
+    assert list(state) == list(STATE) and all(state[name] is STATE[name] for name in state)
+
+
+def test_a_linear_layer_holds_the_transpose_of_the_conv1d_that_was_stored() -> None:
+    model = from_state_dict(STATE, CONFIG, "memory")
+    for name in ("h.0.attn.c_attn", "h.1.attn.c_proj", "h.0.mlp.c_fc", "h.1.mlp.c_proj"):
+        assert torch.equal(model.get_parameter(f"{name}.weight"), STATE[f"transformer.{name}.weight"].t())
+    assert torch.equal(model.wpe.weight, STATE["transformer.wpe.weight"])
+
+
+def test_the_causal_masks_of_old_checkpoints_are_left_out(tmp_path: Path) -> None:
+    mask = {"bias": torch.ones(1, 1, 64, 64).tril().bool(), "masked_bias": torch.tensor(-1e4)}
+    masks = {f"transformer.h.{layer}.attn.{name}": tensor for layer in (0, 1) for name, tensor in mask.items()}
+    assert_is_the_reference(load_model(save(tmp_path, tensors=masks)))
+
+
+def test_a_checkpoint_without_its_tied_head_is_whole(tmp_path: Path) -> None:
+    assert_is_the_reference(load_model(save(tmp_path, tensors={"lm_head.weight": None})))
+
+
+def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
+    model = load_model(save(tmp_path, tensors={name: tensor.half() for name, tensor in STATE.items()}))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(model.dense(TOKENS), LOGITS, atol=0.1, rtol=0.0)
+
+
+def test_the_head_count_and_the_epsilon_are_config_jsons(tmp_path: Path) -> None:
+    for name, fields in (("heads", {"n_head": 2}), ("epsilon", {"layer_norm_epsilon": 1e-5})):
+        model = load_model(save(tmp_path / name, fields=fields))
+        assert {field: getattr(model.config, field) for field in fields} == fields
+        assert (model.dense(TOKENS) - LOGITS).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("in_file", "expected"), [(7, 7), (None, None), (50256, None)])
+def test_the_end_of_text_is_config_jsons_unless_the_vocabulary_has_no_such_id(
+    tmp_path: Path, in_file: int | None, expected: int | None
+) -> None:
+    assert load_model(save(tmp_path, fields={"eos_token_id": in_file})).config.eos_token_id == expected
+
+
+def test_without_config_json_a_head_has_64_numbers(tmp_path: Path) -> None:
+    state = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=128, n_layer=1, n_head=1, n_inner=8)).state_dict()
+    state = {name: tensor.t() if name.endswith(checkpoint.CONV1D) else tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "weights.bin")
+    assert load_model(str(tmp_path / "weights.bin")).config.n_head == 2
+
+
+def test_without_config_json_a_width_that_is_no_multiple_of_64_asks_for_it(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert_refused(path, path, "config.json", "n_head", "n_embd=32")
+
+
+def test_a_config_json_without_the_head_count_is_no_better_than_none(tmp_path: Path) -> None:
+    state = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=96, n_layer=1, n_head=4, n_inner=8)).state_dict()
+    state = {name: tensor.t() if name.endswith(checkpoint.CONV1D) else tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "weights.bin")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    assert_refused(tmp_path / "weights.bin", "config.json", "n_head")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("h.1.ln_2.bias", None, "missing"),
+        ("h.0.attn.c_proj.weight", None, "missing"),
+        ("wte.weight", None, "none"),
+        ("wpe.weight", None, "none"),
+        ("wte.weight", torch.Tensor.flatten, "(3232,)"),
+        ("h.1.attn.c_attn.weight", torch.t, "(96, 32)"),
+        ("h.1.mlp.c_proj.weight", torch.t, "(32, 128)"),
+        ("h.1.mlp.c_proj.weight", torch.Tensor.flatten, "(4096,)"),
+        ("h.0.ln_1.weight", lambda t: t[:31], "(31,)"),
+        ("ln_f.bias", lambda t: t[None], "(1, 32)"),
+        ("wpe.weight", torch.Tensor.long, "torch.int64"),
+        ("h.0.mlp.c_fc.bias", torch.Tensor.bool, "torch.bool"),
+        ("lm_head.weight", lambda t: t + 1e-3, "'wte.weight'"),
+        ("lm_head.weight", lambda t: t[:100], "'wte.weight'"),
+    ],
+)
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_a_tensor_that_is_not_as_it_must_be_is_named(
+    tmp_path: Path, file: str, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None, words: str
+) -> None:
+    if name == "lm_head.weight":
+        file = "pytorch_model.bin"  # `save` leaves the head out of the other
+    full_name = name if name in STATE else f"transformer.{name}"
+    changed = None if change is None else change(STATE[full_name]).contiguous()
+    path = save(tmp_path, file, {full_name: changed})
+    assert_refused(path, path, repr(name), words)
+
+
+@pytest.mark.parametrize("name", ["h.0.attn.rotary.inv_freq", "h.1.ln_3.weight", "score.weight"])
+def test_a_foreign_tensor_is_named(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, tensors={f"transformer.{name}": torch.ones(3)})
+    assert_refused(path, path, name)
+
+
+@pytest.mark.parametrize("name", ["h.first.weight", "h.2", "h.1000000000.ln_1.weight"])
+def test_a_layer_too_many_is_seen_before_the_model_is_built(tmp_path: Path, name: str) -> None:
+    assert_refused(save(tmp_path, tensors={f"transformer.{name}": torch.ones(3)}), "n_layer")
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.ones(2)], torch.ones(2), {"state_dict": STATE}, {"wte.weight": 1.0}, {0: torch.ones(2)}, {}],
+    ids=["list", "tensor", "nested", "number", "unnamed", "nothing"],
+)
+def test_a_file_of_something_else_than_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "weights.bin")
+    assert_refused(tmp_path / "weights.bin", str(tmp_path / "weights.bin"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "llama"),
+        ("activation_function", "relu"),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("add_cross_attention", True),
+        ("tie_word_embeddings", False),
+        ("vocab_size", 50257),
+        ("n_positions", 1024),
+        ("n_embd", 64),
+        ("n_layer", 3),
+        ("n_inner", 64),
+        ("n_head", 5),
+        ("n_head", 0),
+        ("n_head", "4"),
+        ("n_head", None),
+        ("n_kv_head", 3),
+        ("layer_norm_epsilon", "tiny"),
+        ("layer_norm_epsilon", -1.0),
+    ],
+)
+def test_a_field_of_config_json_that_this_model_cannot_follow_is_named(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    assert_refused(save(tmp_path, fields={field: value}), str(tmp_path / "config.json"), field)
+
+
+@pytest.mark.parametrize("content", [b"", b"{'n_head': 4}", b'{"n_head": 4', b"[4]", b"4", b'{"n_head": "\xff"}'])
+def test_a_config_json_that_is_no_json_object_is_named(tmp_path: Path, content: bytes) -> None:
+    path = save(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    assert_refused(path, str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 1e-3, 0.01, 0.5, 0.99, 0.99999])
+@pytest.mark.parametrize("file", FORMATS)
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path, file: str, share: float) -> None:
+    path = save(tmp_path, file)
+    os.truncate(path, int(os.path.getsize(path) * share))
+    assert_refused(path, path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello world\n", b"<!DOCTYPE html>\n", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"]
+)
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_a_text_file_under_a_name_of_weights_is_refused(tmp_path: Path, file: str, content: bytes) -> None:
+    (tmp_path / file).write_bytes(content)
+    assert_refused(tmp_path, str(tmp_path / file))
+
+
+class Trap:
+    """Unpickled by a trusting reader, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("format", ["zip", "old", "bare pickle"])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path, format: str) -> None:
+    content = {**STATE, "trap": Trap(tmp_path / "sprung")}
+    path = tmp_path / "weights.bin"
+    if format == "bare pickle":
+        path.write_bytes(pickle.dumps({"trap": content["trap"]}, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=format == "zip")
+    assert_refused(path, str(path))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_folder_without_weights_says_what_it_might_hold(tmp_path: Path) -> None:
+    assert_refused(tmp_path, str(tmp_path), "model.safetensors", "pytorch_model.bin")
+
+
+def test_an_unknown_name_says_which_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused("gpt3", "'gpt3'", "'copycat'", "'gpt2'", "'gpt2-medium'", "'gpt2-large'", "'gpt2-xl'")
+
+
+def test_copycat_is_loaded_by_name() -> None:
+    config = load_model("copycat").config
+    assert (config.vocab_size, config.eos_token_id) == (257, 256)
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The reference, published as "gpt2" at a file URL; the cache folder is an empty one."""
+    path = Path(save(tmp_path / "public"))
+    (tmp_path / "public" / "config.json").unlink()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(checkpoint, "PUBLISHED", {"gpt2": CONFIG})
+    monkeypatch.setattr(checkpoint, "SHA256", {"gpt2": hashlib.sha256(path.read_bytes()).hexdigest()})
+    monkeypatch.setattr(checkpoint, "URL", path.as_uri().replace("pytorch_model", "{name}"))
+    return path.rename(path.with_name("gpt2.bin"))
+
+
+def cached_files(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_published_model_is_loaded_by_its_name_with_its_own_config(published: Path) -> None:
+    assert_is_the_reference(load_model("gpt2"))
+
+
+def test_a_download_is_kept_and_not_repeated(tmp_path: Path, published: Path) -> None:
+    content = published.read_bytes()
+    path = download("gpt2")
+    assert cached_files(tmp_path) == [path]
+    published.unlink()
+    assert download("gpt2") == path
+    assert path.read_bytes() == content
+
+
+def test_a_download_with_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path: Path, published: Path) -> None:
+    published.write_bytes(published.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="could not download gpt2 from file:.*hash"):
+        download("gpt2")
+    assert cached_files(tmp_path) == []
+
+
+def test_a_download_from_nowhere_is_an_error_that_says_what_to_do(tmp_path: Path, published: Path) -> None:
+    url = (tmp_path / "nothing.bin").as_uri()
+    with pytest.raises(CheckpointError, match=f"could not download gpt2 from {url}.*give its path"):
+        download("gpt2", url=url)
+    assert cached_files(tmp_path) == []
+    assert download("gpt2", url=published.as_uri()).is_file()
+
+
+class Interrupted(http.server.BaseHTTPRequestHandler):
+    """Promises more bytes than it sends, as a connection that breaks does."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"x" * 500)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def broken_server() -> Iterator[str]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Interrupted) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/pytorch_model.bin"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_download_that_breaks_off_leaves_nothing_even_where_no_hash_is_known(
+    tmp_path: Path, published: Path, broken_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHA256", {})
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(CheckpointError, match="could not download"):
+        download("gpt2", url=broken_server)
+    assert cached_files(tmp_path) == []

@@ -1,0 +1,141 @@
+"""Where do requests come from, when there are no users? Lengths, arrivals, sharing, and files that may be damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pytest
+
+from nanopaged.simulate import traces
+from nanopaged.simulate.traces import DATASETS, Lengths, generate, read
+
+
+@pytest.mark.parametrize("dataset, mean_prompt, mean_output", [("sharegpt", 161, 338), ("alpaca", 19, 58)])
+@pytest.mark.parametrize("max_model_len", [1024, 2048])
+def test_mean_lengths_after_limiting_are_those_of_the_paper(dataset: str, mean_prompt: int, mean_output: int,
+                                                            max_model_len: int) -> None:
+    seed = 7
+    requests = list(generate(DATASETS[dataset], 20_000, 1.0, max_model_len, seed=seed))
+    prompt = sum(len(request.prompt) for request in requests) / len(requests)
+    output = sum(request.output_tokens for request in requests) / len(requests)
+    assert prompt == pytest.approx(mean_prompt, rel=0.03), f"seed {seed}"
+    assert output == pytest.approx(mean_output, rel=0.03), f"seed {seed}"
+    assert max(len(request.prompt) + request.output_tokens for request in requests) <= max_model_len, f"seed {seed}"
+    assert min(min(len(request.prompt), request.output_tokens) for request in requests) >= 1, f"seed {seed}"
+
+
+def test_lengths_have_a_long_tail() -> None:
+    outputs = sorted(request.output_tokens for request in generate(DATASETS["sharegpt"], 5000, 1.0, 2048))
+    assert outputs[2500] < 0.8 * 338 and outputs[-50] > 3 * 338
+
+
+def test_a_limit_too_low_for_the_mean_is_refused_with_the_least_that_would_do() -> None:
+    with pytest.raises(ValueError, match="raise max_model_len to 752 at least"):
+        generate(DATASETS["sharegpt"], 1, 1.0, 512)
+    generate(DATASETS["sharegpt"], 1, 1.0, 752)
+
+
+def test_lengths_near_the_limit_still_have_their_mean() -> None:
+    seed, rng = 3, random.Random(3)
+    lengths = Lengths(90, 0.9, 100)
+    assert sum(lengths.draw(rng) for _ in range(20_000)) / 20_000 == pytest.approx(90, rel=0.02), f"seed {seed}"
+
+
+def test_arrivals_are_ordered_and_come_at_the_given_rate() -> None:
+    times = [request.arrival_s for request in generate(DATASETS["alpaca"], 10_000, 4.0, 2048, seed=1)]
+    assert all(a < b for a, b in pairwise(times))
+    assert times[-1] == pytest.approx(2500, rel=0.05)
+    gaps = [b - a for a, b in pairwise(times)]
+    longer = sum(gap > 0.25 for gap in gaps) / len(gaps)
+    assert longer == pytest.approx(0.368, abs=0.02), "a Poisson process exceeds its mean gap with probability 1/e"
+
+
+def test_the_same_seed_is_the_same_trace_and_another_seed_is_not() -> None:
+    first, again, other = (list(generate(DATASETS["alpaca"], 50, 1.0, 2048, 0.5, seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_trace_is_made_while_it_is_used() -> None:
+    endless = generate(DATASETS["sharegpt"], 10**12, 1.0, 2048)
+    assert len(list(islice(endless, 3))) == 3
+
+
+def test_prompts_begin_alike_for_the_share_that_was_asked_for_and_no_further() -> None:
+    requests = list(generate(DATASETS["sharegpt"], 200, 1.0, 2048, shared_prefix=0.5))
+    beginnings = {request.prompt[0] for request in requests if len(request.prompt) > 1}
+    assert len(beginnings) == traces.NUM_SHARED_PREFIXES
+    for request in requests:
+        half = len(request.prompt) // 2
+        assert set(request.prompt[:half]) <= beginnings
+        assert not set(request.prompt[half:]) & beginnings
+    own = [request.prompt[-1] for request in requests]
+    assert len(set(own)) == len(own), "each request has tokens that no other has"
+
+
+def test_without_sharing_no_two_prompts_have_a_token_in_common() -> None:
+    requests = list(generate(DATASETS["alpaca"], 300, 1.0, 2048))
+    assert len(set().union(*(request.prompt for request in requests))) == 300
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"num_requests": 0}, "num_requests must be at least 1"), ({"rate": 0.0}, "rate must be at least 0.0001"),
+    ({"rate": 1e-320}, "rate must be at least 0.0001"), ({"rate": float("inf")}, "rate must be finite"),
+    ({"shared_prefix": 1.5}, "shared_prefix must be from 0.0 to 1.0"), ({"max_model_len": 2}, "max_model_len")])
+def test_bad_arguments_are_refused_before_the_first_request(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(**{"statistics": DATASETS["alpaca"], "num_requests": 1, "rate": 1.0, "max_model_len": 2048, **change})
+
+
+def write(path: Path, *lines: object) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return str(path)
+
+
+GOOD = {"arrival_s": 1.0, "prompt": 5, "output_tokens": 3}
+
+
+def test_a_file_gives_its_requests_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "trace", GOOD, {**GOOD, "arrival_s": 1, "prompt": [4, 4, 2]}, {**GOOD, "arrival_s": 2.5})
+    first, second, third = read(path, 2048)
+    assert (first.arrival_s, len(first.prompt), first.output_tokens) == (1.0, 5, 3)
+    assert second.prompt == [4, 4, 2] and third.arrival_s == 2.5 and isinstance(second.arrival_s, float)
+    assert not set(first.prompt) & set(third.prompt), "prompts given by their length share nothing"
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"arrival_s": 1.0, "prompt', "not JSON"), ("", "not JSON"), ("[1, 2, 3]", "expected an object with arrival_s"),
+    ({"arrival_s": 1.0, "prompt": 5}, "expected an object with"), ({**GOOD, "extra": 1}, "expected an object with"),
+    ({**GOOD, "arrival_s": 0.123456789}, "is 0.123456789, but the line before has 1.0: sort the lines by arrival"),
+    ({**GOOD, "arrival_s": "soon"}, "arrival_s must be a number"),
+    ({**GOOD, "arrival_s": float("nan")}, "arrival_s must be finite"), ({**GOOD, "prompt": 0}, "must be at least 1"),
+    ({**GOOD, "arrival_s": 10**400}, "arrival_s must be from 0.0 to 1"), ({**GOOD, "arrival_s": 1e17}, "from 0.0 to 1"),
+    ('{"arrival_s": 1, "prompt": 5, "prompt": 6, "output_tokens": 3}', "output_tokens, once each, got .*5.*6"),
+    ({**GOOD, "prompt": []}, "prompt has no tokens"), ({**GOOD, "prompt": [1, "a"]}, "of prompt must be an int"),
+    ({**GOOD, "prompt": "hello"}, "prompt must be an int"), ({**GOOD, "prompt": [-7]}, "must be at least 0"),
+    ({**GOOD, "output_tokens": 0}, "output_tokens must be at least 1"), ({**GOOD, "output_tokens": 1.5}, "be an int"),
+    ({**GOOD, "prompt": 2046}, "2046 prompt and 3 output tokens are more than max_model_len=2048")])
+def test_a_damaged_line_is_named(tmp_path: Path, line: object, message: str) -> None:
+    path = write(tmp_path / "trace", GOOD, GOOD, line, GOOD)
+    with pytest.raises(ValueError, match=f"trace, line 3: .*{message}"):
+        list(read(path, 2048))
+
+
+def test_bytes_that_are_no_text_and_an_empty_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(ValueError, match="bytes, line 2: not JSON"):
+        list(read(str(tmp_path / "bytes"), 2048))
+    with pytest.raises(ValueError, match="empty is empty"):
+        list(read(write(tmp_path / "empty"), 2048))
+    with pytest.raises(OSError):
+        list(read(str(tmp_path / "missing"), 2048))
+
+
+def test_a_trace_that_could_be_read_only_once_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ValueError, match=f"{path} must be a regular file, since it is read several times"):
+            list(read(str(path), 2048))
