@@ -1,33 +1,59 @@
-"""python -m nanopaged.simulate: paging beside contiguous reservation, on one trace and in one memory.
+"""python -m nanopaged.simulate: paging compared with contiguous reservation, on one trace, in the same memory.
 
 Repeats Figure 2 of the vLLM paper (Kwon et al., SOSP 2023) with the real scheduler and no model. The
 defaults are the paper's: 15,700 slots of KV memory and contexts of at most 2,048 tokens, its OPT-13B on an
-A100 with 40 GB. Requests arrive faster than any of the servers can answer, so that memory is what limits
-them all; lower --rate to see the latencies of servers that keep up.
+A100 with 40 GB. Requests arrive faster than any of the servers can answer them, so that memory is what
+limits them all; lower --rate to see the latencies of servers that keep up.
+
+Try a policy here before you use it in the engine: --order and --admission take the names of those in
+nanopaged/pressure/, or a function of your own as module:function. If mine.py in this directory has
+
+    def longest_first(request):                  # a nanopaged.request.Request
+        return -request.params.max_tokens        # the lowest number is served first
+
+    def up_to_half(context):                     # a nanopaged.waiting.AdmissionContext
+        return context.available > context.pool // 2
+
+then --order mine:longest_first and --admission mine:up_to_half run them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
+from functools import partial, wraps
+from importlib.util import find_spec
 
-from nanopaged.simulate import traces
-from nanopaged.pressure.admission import policy
+if __name__ == "__main__":
+    folder = find_spec("nanopaged.pressure")
+    if folder is None or folder.origin is None:  # no origin: an empty folder was left
+        sys.stderr.write("python -m nanopaged.simulate: error: this needs the folder nanopaged/pressure/, which is not "
+                         "there: restore it\n")
+        sys.exit(2)
+
 from nanopaged.block_allocator import BlockAllocator
+from nanopaged.pressure.admission import by_name as admission_by_name
+from nanopaged.pressure.order import by_name as order_by_name
+from nanopaged.progress import show_progress
+from nanopaged.report import main, table
+from nanopaged.simulate import traces
 from nanopaged.simulate.contiguous import ALLOCATORS, RESERVATIONS, ContiguousScheduler
-from nanopaged.report import main, show_progress, table
-from nanopaged.simulate.simulator import Clock, PagedServer, Result, Server, StepCost, Trace, as_request, simulate, summarize
+from nanopaged.simulate.simulator import (Clock, PagedServer, Result, Server, StepCost, SwappingServer, Trace,
+                                          as_request, simulate, summarize)
 from nanopaged.simulate.traces import TraceRequest
-from nanopaged.validation import require_int
+from nanopaged.validation import require_choice, require_int, require_number, shown
+from nanopaged.waiting import AdmissionPolicy, OrderPolicy
 
-MAX_SLOTS = 10_000_000  # the allocator's books take some 70 bytes for each, where a block has one slot
 # Arrivals a second: about three times what can be served in steps of the default StepCost.
 RATES = {"sharegpt": 0.8, "alpaca": 15.0}
+ADMISSIONS = ("watermark", "reserve", "greedy")
+ORDERS = ("fcfs", "priority", "shortest")
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 POOL_SHARES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)
 
@@ -44,7 +70,7 @@ COLUMNS: dict[str, Callable[[Result], object]] = {
     "TBT p50 s": lambda result: result.tbt_p50_s,
     "TBT p99 s": lambda result: result.tbt_p99_s,
     "preemptions": lambda result: result.counts.num_preemptions,
-    "storms": lambda result: result.counts.num_storms,
+    "storms": lambda result: result.num_storms,
     "goodput": lambda result: result.goodput,
     "prefix hits": lambda result: f"{result.hit_share:.1%}",
     "table entries": lambda result: result.average_table,
@@ -53,21 +79,23 @@ MEMORY = ["tokens", "reserved", "internal", "external", "free"]
 LATENCY = ["TTFT p50 s", "TTFT p99 s", "TBT p50 s", "TBT p99 s"]
 READ_MEMORY = """\
 Shares of all KV memory, averaged over the time in which requests arrive. `tokens`: K and V of computed tokens;
-higher is better, and 100% the ceiling. `reserved`: for tokens that a request will still generate. `internal`: held,
-and never used. `external`: free, but refused to a request that waits. `free`: wanted by nobody. The paper's Figure 2
-has 96.3% in `tokens` for paged, and 20.4% for max, 26.8% for pow2, 38.2% for oracle (with --contiguous buddy)."""
+higher is better, at most 100%. `reserved`: for tokens that a request will still generate. `internal`: held, and
+never used. `external`: not held, but refused to a waiting request. `free`: not held, and no request waits for it.
+The paper's Figure 2 has 96.3% in `tokens` for paged, and 20.4% for max, 26.8% for pow2, 38.2% for oracle (compare
+--contiguous buddy)."""
 READ_SPEED = """\
 `batch`: requests in a step; `tokens/s`: generated; higher is better. TTFT, time to first token, and TBT, time between
-tokens: lower is better. `goodput`: share of the computed tokens that were computed for the first time; below 1 the
-pool let in more than it could hold, and `preemptions` threw work away."""
+tokens: lower is better. `goodput`: share of the computed tokens that were computed for the first time; below 1, more
+requests were admitted than the pool could hold, and `preemptions` threw work away."""
 READ_BLOCK_SIZE = """\
-Small blocks waste less and share more, large ones need short block tables. `internal`: the unfilled ends of blocks,
-and slots that make no whole block, as a share of all KV memory; lower is better. `prefix hits`: share of prompt
-tokens found in the pool; higher is better. `table entries`: length of a request's block table; lower is better."""
+Small blocks waste less and share more, large blocks have shorter block tables. `internal`: the unfilled ends of
+blocks, and slots that make no whole block, as a share of all KV memory; lower is better. `prefix hits`: share of the
+prompt tokens that were found in the pool; higher is better. `table entries`: length of a request's block table; lower
+is better."""
 READ_POOL = """\
-Where does the storm begin? `storms`: how often goodput over 64 steps fell below 0.8 (storm.py); fewer are better.
-`goodput`: share of the computed tokens that were computed for the first time; 1 is the ceiling. TTFT: time to first
-token, lower is better. `tokens`: share of that row's memory."""
+In how small a pool do eviction storms begin? `storms`: how often goodput over 64 steps fell below 0.8 (see
+pressure/storm.py); fewer are better. `goodput`: share of the computed tokens that were computed for the first time;
+at most 1. TTFT: time to first token, lower is better. `tokens`: share of that row's memory."""
 TABLES = {  # by what is swept: (what a row is, columns, how to read them)
     None: [("server", MEMORY, READ_MEMORY),
            ("server", ["batch", "tokens/s", *LATENCY, "preemptions", "goodput"], READ_SPEED)],
@@ -82,50 +110,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cost = StepCost()
     requests = parser.add_argument_group("requests")
     requests.add_argument("--dataset", choices=sorted(traces.DATASETS),
-                          help="whose length statistics to draw from (default: sharegpt)")
+                          help="draw lengths with the statistics of this data set (default: sharegpt)")
     requests.add_argument("--requests", type=int, help="how many (default: 2000; 1000 for --sweep)")
     requests.add_argument("--rate", type=float, help="Poisson arrivals a second (default: by dataset, "
                           f"{', '.join(f'{name} {rate:g}' for name, rate in RATES.items())}; "
                           "a quarter of that for --sweep pool, so that a pool can be large enough)")
     requests.add_argument("--shared-prefix", type=float, metavar="SHARE", help="share of each prompt that is one of "
-                          f"{traces.NUM_SHARED_PREFIXES} common beginnings (default: 0; 0.5 for --sweep block-size)")
-    requests.add_argument("--seed", type=int, help="(default: 0)")
-    requests.add_argument("--trace", metavar="FILE", help="a trace of your own instead: one JSON object a line, as in "
-                          '{"arrival_s": 0.25, "prompt": 161, "output_tokens": 338}; prompt may be a list of token ids')
+                          f"{traces.NUM_SHARED_PREFIXES} common prefixes (default: 0; 0.5 for --sweep block-size)")
+    requests.add_argument("--seed", type=int, help="of lengths and arrivals (default: 0)")
+    requests.add_argument("--trace", metavar="FILE", help="serve the requests of this file instead: one JSON object a "
+                          'line, such as {"arrival_s": 0.25, "prompt": 161, "output_tokens": 338}; prompt may be a '
+                          'list of token ids, and "priority": 1 may be added, for --order priority')
     server = parser.add_argument_group("servers")
     server.add_argument("--servers", nargs="+", choices=["paged", *RESERVATIONS], metavar="NAME",
                         help="of paged, max, pow2, oracle (default: all)")
-    server.add_argument("--contiguous", choices=ALLOCATORS, help="how max, pow2 and oracle find their stretches; the "
+    server.add_argument("--order", default="fcfs", metavar="NAME", help="which waiting request every server serves "
+                        f"first: {', '.join(ORDERS)} or module:function; shortest knows the true lengths here "
+                        "(default: %(default)s)")
+    server.add_argument("--contiguous", choices=ALLOCATORS, help="how max, pow2 and oracle allocate their ranges; the "
                         "paper's used buddy (default: first-fit)")
     server.add_argument("--slots", type=int, default=15_700, help="KV memory, in tokens (default: %(default)s)")
     server.add_argument("--max-num-seqs", type=int, default=256, help="requests in a step (default: %(default)s)")
-    server.add_argument("--max-num-batched-tokens", type=int, default=2048, help="(default: %(default)s)")
-    server.add_argument("--max-model-len", type=int, default=2048, help="prompt and output (default: %(default)s)")
+    server.add_argument("--max-num-batched-tokens", type=int, default=2048,
+                        help="tokens in a step (default: %(default)s)")
+    server.add_argument("--max-model-len", type=int, default=2048,
+                        help="prompt plus output, in tokens (default: %(default)s)")
     paged = parser.add_argument_group("paging")
     paged.add_argument("--block-size", type=int, help="slots in a block (default: 16)")
-    paged.add_argument("--admission", choices=["watermark", "reserve", "greedy"], default="watermark",
-                       help="whom to let in, see admission.py; reserve knows the true lengths here "
+    paged.add_argument("--admission", default="watermark", metavar="NAME", help="when a waiting request is admitted: "
+                       f"{', '.join(ADMISSIONS)} or module:function; reserve knows the true lengths here "
                        "(default: %(default)s)")
-    paged.add_argument("--watermark", type=float, default=0.01, help="share of blocks kept free (default: %(default)s)")
-    paged.add_argument("--swap-blocks", type=int, default=0, help="in CPU memory, for preempted requests; "
-                       "their copying costs no time here (default: %(default)s)")
-    paged.add_argument("--sweep", choices=["block-size", "pool"], help="instead: paging alone, over many of these")
-    seconds = parser.add_argument_group("seconds of a step, see StepCost")
-    seconds.add_argument("--fixed-s", type=float, default=cost.fixed_s, help="(default: %(default)s)")
-    seconds.add_argument("--per-token-s", type=float, default=cost.per_token_s, help="(default: %(default)s)")
-    seconds.add_argument("--per-kv-token-s", type=float, default=cost.per_kv_token_s, help="(default: %(default)s)")
+    paged.add_argument("--watermark", type=float, default=0.01,
+                       help="share of the blocks that the policy of this name keeps free (default: %(default)s)")
+    paged.add_argument("--swap-blocks", type=int, default=0, help="blocks of CPU memory for preempted requests; "
+                       "copying takes no time here (default: %(default)s)")
+    paged.add_argument("--sweep", choices=["block-size", "pool"], help="compare many block sizes, or pools, instead")
+    seconds = parser.add_argument_group("seconds of a step")
+    seconds.add_argument("--fixed-s", type=float, default=cost.fixed_s, help="of every step (default: %(default)s)")
+    seconds.add_argument("--per-token-s", type=float, default=cost.per_token_s,
+                         help="for each token that is computed (default: %(default)s)")
+    seconds.add_argument("--per-kv-token-s", type=float, default=cost.per_kv_token_s,
+                         help="for each token of context that is read (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Runs what was asked for, prints its tables, and returns its figures."""
+    """Simulates the chosen servers, prints their tables, and returns their figures."""
     cost = StepCost(args.fixed_s, args.per_token_s, args.per_kv_token_s)
-    require_int("slots", args.slots, 1, MAX_SLOTS)
-    require_int("max_model_len", args.max_model_len, 2, MAX_SLOTS)
-    require_int("swap_blocks", args.swap_blocks, 0, MAX_SLOTS // 10)  # each of a sweep's servers has so many
+    require_int("slots", args.slots, 1)
+    require_int("max_model_len", args.max_model_len, 2)
+    require_int("swap_blocks", args.swap_blocks, 0)
     trace, clock = chosen_trace(args), Clock()
-    servers = {label: make_server(args, clock, *server) for label, server in chosen_servers(args).items()}
+    make = partial(make_server, args, clock, chosen_admission(args), chosen_order(args))
+    servers = {label: make(*server) for label, server in chosen_servers(args).items()}
     start, results = time.perf_counter(), {}
-    summary = summarize(partial(fitting, trace, servers, args))  # to its end: nothing runs where one request cannot
+    summary = summarize(partial(fitting, trace, servers, args))  # all of it fits, or nothing is simulated
     for label, server in servers.items():
         def progress(finished: int) -> None:
             elapsed_s = time.perf_counter() - start
@@ -136,7 +174,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     show_progress("")
     print(f"{summary.requests:,} requests in {summary.last_arrival_s - summary.first_arrival_s:,.0f} s, of "
           f"{summary.mean_prompt:.0f} prompt and {summary.mean_output:.0f} output tokens on average; "
-          f"{args.slots:,} slots of KV memory, one a token.\n"
+          f"{args.slots:,} slots of KV memory, each for one token.\n"
           f"A step takes {cost.fixed_s * 1e3:g} ms, and {cost.per_token_s * 1e3:g} ms for each token computed, and "
           f"{cost.per_kv_token_s * 1e3:g} ms for each token of context read.\nSimulated in {wall_s:.1f} s.")
     for rows, columns, explanation in TABLES[args.sweep]:
@@ -158,7 +196,7 @@ def chosen_trace(args: argparse.Namespace) -> Trace:
 
 
 def chosen_servers(args: argparse.Namespace) -> dict[str | int, tuple[str, int, int]]:
-    """What to run, by the first cell of its row: (name, slots, block size)."""
+    """By the first cell of its row in the tables: (name, slots, block size)."""
     if args.sweep:
         refuse_beside(args, f"--sweep {args.sweep}", "servers", "contiguous")
     if args.sweep == "block-size":
@@ -173,33 +211,76 @@ def chosen_servers(args: argparse.Namespace) -> dict[str | int, tuple[str, int, 
 
 
 def refuse_beside(args: argparse.Namespace, option: str, *others: str) -> None:
-    """Raises ValueError where any of the others, to which this option leaves nothing to say, was given."""
+    """Raises ValueError if any of the others, which have no effect beside this option, was given."""
     given = [f"--{other.replace('_', '-')}" for other in others if getattr(args, other) is not None]
     if given:
-        raise ValueError(f"{option} leaves nothing for {', '.join(given)} to say: give one or the other")
+        raise ValueError(f"{', '.join(given)} would have no effect beside {option}: give one or the other")
 
 
 def settle(args: argparse.Namespace, **defaults: object) -> None:
-    """Gives what was not asked for its default, so that the arguments say what was run."""
+    """Fills in the default of each option that was not given, so that the arguments say what was run."""
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
-def make_server(args: argparse.Namespace, clock: Clock, name: str, slots: int, block_size: int) -> Server:
+def chosen_admission(args: argparse.Namespace) -> AdmissionPolicy:
+    if args.admission in ADMISSIONS:
+        return admission_by_name(args.admission, args.watermark)
+    return own_policy("--admission", args.admission, ADMISSIONS, partial(require_choice, allowed=(True, False)))
+
+
+def chosen_order(args: argparse.Namespace) -> OrderPolicy:
+    if args.order in ORDERS:
+        return order_by_name(args.order)
+    return own_policy("--order", args.order, ORDERS, partial(require_number, minimum=-math.inf))
+
+
+def own_policy(option: str, text: str, names: tuple[str, ...],
+               required: Callable[[str, object], object]) -> Callable[[object], object]:
+    """The function that `text`, module:function, names; each of its answers is checked by `required`.
+
+    Raises ValueError if there is no such function.
+    """
+    module_name, colon, name = text.partition(":")
+    if not colon:
+        raise ValueError(f"{option} must be one of {', '.join(names)}, or module:function, got {text!r}")
+    try:
+        module = importlib.import_module(module_name)  # from the current directory too, where `python -m` looks first
+    except Exception as error:  # anything that the module raises
+        raise ValueError(f"{option} {text}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{option} {text}: the module {module_name!r} has no function {name!r}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise ValueError(f"{option} {text} must be a function, got {shown(function)}")
+
+    @wraps(function)
+    def checked(subject: object) -> object:
+        answer = function(subject)
+        try:
+            return required(f"what {option} {text} returns", answer)
+        except TypeError as error:  # for the user to fix: one line, no traceback
+            raise ValueError(error) from None
+
+    return checked
+
+
+def make_server(args: argparse.Namespace, clock: Clock, admission: AdmissionPolicy, order: OrderPolicy, name: str,
+                slots: int, block_size: int) -> Server:
     """An empty server: "paged", or one of `RESERVATIONS`."""
     limits = args.max_num_seqs, args.max_num_batched_tokens, args.max_model_len
     if name != "paged":
-        return ContiguousScheduler(ALLOCATORS[args.contiguous](slots), RESERVATIONS[name], *limits, clock)
+        return ContiguousScheduler(ALLOCATORS[args.contiguous](slots), RESERVATIONS[name], *limits, clock, order)
     num_blocks, left_over = divmod(slots, block_size)
     if num_blocks == 0:
         raise ValueError(f"{slots:,} slots make no block of {block_size:,}: raise --slots, or choose smaller blocks")
-    server = PagedServer(BlockAllocator(num_blocks, block_size), *limits, policy(args.admission, args.watermark),
-                         args.swap_blocks, clock=clock)
+    kind = partial(SwappingServer, swap_blocks=args.swap_blocks) if args.swap_blocks else PagedServer
+    server = kind(BlockAllocator(num_blocks, block_size), *limits, admission, order, clock=clock)
     server.left_over = left_over
     return server
 
 
 def fitting(trace: Trace, servers: dict[str | int, Server], args: argparse.Namespace) -> Iterator[TraceRequest]:
-    """The same trace. Raises ValueError, naming the request, where one could never run on one of these servers."""
+    """The same trace. Raises ValueError, naming the request, if one could never run on one of these servers."""
     for number, arrival in enumerate(trace(), 1):
         request = as_request(arrival, number)
         for label, server in servers.items():

@@ -1,6 +1,6 @@
 """What did servers do before paging, and what did it waste?
 
-They gave each request one contiguous stretch of KV memory, taken when it was admitted and kept until it
+They gave each request one contiguous range of KV memory, taken when it was admitted and kept until it
 ended, so they had to know, or to guess, how long it would become. This is the baseline of the vLLM
 paper (Kwon et al., SOSP 2023, section 3.1, Figures 2 and 3), with its three kinds of waste:
 
@@ -11,41 +11,44 @@ paper (Kwon et al., SOSP 2023, section 3.1, Figures 2 and 3), with its three kin
     internal   slots that it will never use: the reservation is longer than the request becomes
     external   gaps, too short for the request that waits
 
-Apart from its memory a server here obeys the same rules as `Scheduler`: continuous batching, first come
-first served, the same seats and token budget, prompts in chunks. Who holds a reservation never gives way.
+Everything but the memory is the engine's own `Scheduler`: continuous batching, the order of the queue,
+seats and token budget, prompts in chunks. A request that holds a range is never preempted.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-from nanopaged.request import Request, RequestStatus
-from nanopaged.scheduler import Step
-from nanopaged.stats import SchedulerStats
+from nanopaged.block_allocator import BlockAllocator
+from nanopaged.request import Request
+from nanopaged.scheduler import Scheduler
 from nanopaged.validation import require_int
+from nanopaged.waiting import OrderPolicy, fcfs
 
 
 class ContiguousAllocator:
-    """Cuts stretches out of `num_slots` slots: first fit, and gaps that meet become one.
+    """Cuts ranges out of `num_slots` slots: first fit, and neighbouring gaps are merged.
 
-    First fit looks from the left at every gap, of which there is at most one more than there are stretches.
+    First fit searches the gaps from the left. There is at most one gap more than there are ranges.
     """
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = require_int("num_slots", num_slots, 1)
-        self.longest = num_slots  # stretch that an empty memory has room for
+        self.longest = num_slots  # range that an empty memory has room for
         self.gaps: list[tuple[int, int]] = [(0, num_slots)]  # (start, length), by start; no two touch
-        self._lengths: dict[int, int] = {}  # of the stretches that are taken, by start
+        self._lengths: dict[int, int] = {}  # of the ranges in use, by start
 
     @property
     def num_free(self) -> int:
         return sum(length for _, length in self.gaps)
 
+    def has_room(self, num_slots: int) -> bool:
+        return any(length >= num_slots for _, length in self.gaps)
+
     def take(self, num_slots: int) -> int | None:
-        """The start of a stretch of that length, from the first gap that has room; None: none has."""
+        """The start of a range of that length, in the first gap that is long enough; None if there is no such gap."""
         require_int("num_slots", num_slots, 1)
         for i, (start, length) in enumerate(self.gaps):
             if length >= num_slots:
@@ -56,12 +59,12 @@ class ContiguousAllocator:
         return None
 
     def give_back(self, start: int) -> None:
-        """Makes the stretch that begins at `start` a gap again. Raises ValueError where none does."""
+        """Frees the range that starts at `start`. Raises ValueError if there is none."""
         if start not in self._lengths:
-            raise ValueError(f"no stretch that is taken begins at slot {start}")
+            raise ValueError(f"no range in use starts at slot {start}")
         end = start + self._lengths.pop(start)
         i = bisect_left(self.gaps, (start, 0))
-        first, last = i, i  # the gaps that it swallows
+        first, last = i, i  # the gaps to merge with
         if i and sum(self.gaps[i - 1]) == start:
             first, start = i - 1, self.gaps[i - 1][0]
         if i < len(self.gaps) and self.gaps[i][0] == end:
@@ -70,11 +73,11 @@ class ContiguousAllocator:
 
 
 class BuddyAllocator:
-    """Cuts stretches out of `num_slots` slots, each a power of two long, by halving longer ones (Knuth, 1968, 2.5).
+    """Cuts ranges out of `num_slots` slots, each a power of two long, by halving longer ones (Knuth, 1968, 2.5).
 
-    A stretch and its buddy, the other half of what was cut, become one again when both are free. So
-    free memory scatters little, but what is rounded up is lost too: the paper assumes this allocator for
-    Orca (section 6.1), and counts both as external.
+    A range and its buddy, the other half of what was cut, are merged when both are free. So free memory
+    is scattered less, but what is rounded up is wasted too: the paper assumes this allocator for Orca
+    (section 6.1), and counts both as external.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -86,14 +89,17 @@ class BuddyAllocator:
             if num_slots >> order & 1:
                 self._free[order].add(start)
                 start += 1 << order
-        self._orders: dict[int, int] = {}  # of the stretches that are taken, by start
+        self._orders: dict[int, int] = {}  # of the ranges in use, by start
 
     @property
     def num_free(self) -> int:
         return sum(len(starts) << order for order, starts in enumerate(self._free))
 
+    def has_room(self, num_slots: int) -> bool:
+        return any(self._free[(num_slots - 1).bit_length() :])
+
     def take(self, num_slots: int) -> int | None:
-        """The start of a stretch of at least that length, the shortest and leftmost there is; None: there is none."""
+        """The start of a range of at least that length, the shortest and leftmost there is; None if there is none."""
         wanted = (require_int("num_slots", num_slots, 1) - 1).bit_length()
         order = next((order for order in range(wanted, len(self._free)) if self._free[order]), None)
         if order is None:
@@ -106,9 +112,9 @@ class BuddyAllocator:
         return start
 
     def give_back(self, start: int) -> None:
-        """Frees the stretch that begins at `start`. Raises ValueError where none does."""
+        """Frees the range that starts at `start`. Raises ValueError if there is none."""
         if start not in self._orders:
-            raise ValueError(f"no stretch that is taken begins at slot {start}")
+            raise ValueError(f"no range in use starts at slot {start}")
         order = self._orders.pop(start)
         while (buddy := start ^ (1 << order)) in self._free[order]:
             self._free[order].remove(buddy)
@@ -128,7 +134,7 @@ RESERVATIONS: dict[str, Reservation] = {
 
 
 class MemoryUse(NamedTuple):
-    """The slots of the whole KV memory at one moment, by what they hold; they add up to all of it."""
+    """The slots of the whole KV memory at one moment, by what they hold; the sum is the whole memory."""
 
     tokens: float  # K and V of computed tokens
     reserved: float
@@ -137,105 +143,63 @@ class MemoryUse(NamedTuple):
     free: float
 
 
-class ContiguousScheduler:
-    """Serves requests whose KV lies in one stretch each; has the methods of `Scheduler` that a simulation uses.
+class ContiguousScheduler(Scheduler):
+    """The engine's scheduler, serving requests whose KV is one range of memory each.
+
+    Its pool has one block for each seat, as long as the longest request. So each running request holds
+    exactly one block, and there is always a free one; what limits admission is `memory_ranges`.
 
     Args:
-        allocator: the memory.
-        reservation: how many output tokens to reserve for; the prompt's length is known.
-        max_num_seqs, max_num_batched_tokens, max_model_len, clock: as in `Scheduler`.
+        memory_ranges: allocates the KV memory.
+        reservation: for how many output tokens to reserve slots; the prompt's length is known.
+        max_num_seqs, max_num_batched_tokens, max_model_len, clock, order: as in `Scheduler`.
     """
 
-    def __init__(self, allocator: ContiguousAllocator | BuddyAllocator, reservation: Reservation, max_num_seqs: int,
-                 max_num_batched_tokens: int, max_model_len: int, clock: Callable[[], float]) -> None:
-        self.allocator, self.reservation, self.clock = allocator, reservation, clock
-        self.longest = allocator.longest
-        self.max_num_seqs = require_int("max_num_seqs", max_num_seqs, 1)
-        self.max_num_batched_tokens = require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
-        self.max_model_len = require_int("max_model_len", max_model_len, 2)
-        self.running: list[Request] = []  # oldest first
-        self.waiting: OrderedDict[str, Request] = OrderedDict()
-        self.stats = SchedulerStats()
-        self._stretches: dict[str, int] = {}  # where a running request's begins
-        self._tokens = self._needed = self._held = 0  # slots: filled; at full length; reserved
+    def __init__(self, memory_ranges: ContiguousAllocator | BuddyAllocator, reservation: Reservation,
+                 max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, clock: Callable[[], float],
+                 order: OrderPolicy = fcfs) -> None:
+        num_seats = min(require_int("max_num_seqs", max_num_seqs, 1), memory_ranges.num_slots)  # a slot each, at least
+        seats = BlockAllocator(num_seats, require_int("max_model_len", max_model_len, 2), enable_prefix_caching=False)
+        super().__init__(seats, max_num_seqs, max_num_batched_tokens, max_model_len, order=order, clock=clock)
+        self.memory_ranges, self.reservation = memory_ranges, reservation
+        self.longest = memory_ranges.longest
+        self._starts: dict[Request, int] = {}  # of the running requests' ranges
+        self._needed = self._held = 0  # slots of the running requests: at full length; reserved
+
+    def slots_for(self, request: Request) -> int:
+        """The length of its range, which can be `longest` at most."""
+        output = self.reservation(request.params.max_tokens, self.max_model_len - request.num_prompt_tokens)
+        return request.num_prompt_tokens + output - 1  # the last token's K and V are never read
 
     def add(self, request: Request) -> None:
-        """Puts a request at the end of the queue. Raises ValueError where it could never run."""
+        """Puts a request into the queue. Raises ValueError if it could never run."""
         reserved = self.slots_for(request)
         if reserved > self.longest or request.max_length > self.max_model_len:
             raise ValueError(f"the request can never fit: it reserves {reserved} slots of {self.longest}, "
                              f"and has {request.max_length} tokens with max_model_len={self.max_model_len}")
-        self.waiting[request.request_id] = request
-        request.metrics.arrival_time = request.waiting_since = self.clock()
+        super().add(request)
 
-    def slots_for(self, request: Request) -> int:
-        """The length of its stretch, which can be `longest` at most."""
-        output = self.reservation(request.params.max_tokens, self.max_model_len - request.num_prompt_tokens)
-        return request.num_prompt_tokens + output - 1  # the last token's K and V are never read
+    def _fits(self, request: Request, prefix: list[int], budget: int) -> bool:
+        return self.memory_ranges.has_room(self.slots_for(request))
 
-    def has_unfinished(self) -> bool:
-        return bool(self.running or self.waiting)
+    def _seat(self, request: Request, prefix: list[int]) -> None:
+        super()._seat(request, prefix)
+        reserved = self.slots_for(request)
+        self._starts[request] = self.memory_ranges.take(reserved)
+        self._held += reserved
+        self._needed += request.max_length - 1
 
-    def schedule(self) -> Step:
-        """Plans the next step: running requests first, then those at the head of the queue that find a stretch."""
-        step = Step(budget=self.max_num_batched_tokens)
-        for request in self.running:
-            self._plan(request, step)
-        while self.waiting and step.budget and len(self.running) < self.max_num_seqs:
-            request = next(iter(self.waiting.values()))
-            reserved = self.slots_for(request)
-            start = self.allocator.take(reserved)
-            if start is None:
-                break
-            del self.waiting[request.request_id]
-            self._stretches[request.request_id] = start
-            self._held += reserved
-            self._needed += request.max_length - 1
-            request.status = RequestStatus.RUNNING
-            self.running.append(request)
-            self._plan(request, step)
-        return step
-
-    def _plan(self, request: Request, step: Step) -> None:
-        num_tokens = min(len(request.token_ids) - request.num_computed_tokens, step.budget)
-        if num_tokens:
-            step.budget -= num_tokens
-            step.requests.append(request)
-            step.num_tokens.append(num_tokens)
-
-    def update(self, step: Step, token_ids: Sequence[int]) -> None:
-        """Records that a step's tokens were computed; `token_ids` has one for each of `step.sampled()`."""
-        now, finished_before = self.clock(), self.stats.num_finished
-        sampled = step.sampled()
-        for request, num_tokens in zip(step.requests, step.num_tokens):
-            request.num_computed_tokens += num_tokens
-        for request, token in zip(sampled, token_ids):
-            request.receive(token, now)
-            if len(request.token_ids) == request.max_length:
-                self._finish(request, now)
-        if self.stats.num_finished > finished_before:
-            self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
-        computed = sum(step.num_tokens)
-        self._tokens += computed
-        self.stats.num_steps += 1
-        self.stats.computed_tokens += computed
-        self.stats.output_tokens += len(token_ids)
-
-    def _finish(self, request: Request, now: float) -> None:
-        self.allocator.give_back(self._stretches.pop(request.request_id))
-        self._tokens -= request.num_computed_tokens
+    def _leave(self, request: Request) -> None:
+        super()._leave(request)
+        self.memory_ranges.give_back(self._starts.pop(request))
         self._held -= self.slots_for(request)
         self._needed -= request.max_length - 1
-        request.status = RequestStatus.FINISHED
-        request.finish_reason = "length"
-        request.metrics.finished_time = now
-        self.stats.num_finished += 1
 
     def memory(self, writing: int, refused: bool) -> MemoryUse:
         """What the slots hold during a step; O(1).
 
-        `writing`: tokens that the step computes. `refused`: whether a request waits for a stretch, and finds none.
+        `writing`: tokens that the step computes. `refused`: whether the first waiting request finds no range.
         """
-        gaps, tokens = self.allocator.num_slots - self._held, self._tokens + writing
+        gaps, tokens = self.memory_ranges.num_slots - self._held, self.allocator.stats().filled_slots + writing
         return MemoryUse(tokens, self._needed - tokens, self._held - self._needed,
                          gaps if refused else 0, 0 if refused else gaps)

@@ -1,13 +1,13 @@
-"""What would a server have done with these requests, had each step taken so long?
+"""What would a server have done with these requests, if each step had taken so long?
 
 The scheduler and the block allocator are the engine's own; only the model is replaced, by a formula
 for the seconds of a step, and with it the clock. So every decision is the one that the engine would
-take, without a GPU, and without torch.
+make, without a GPU, and without torch.
 
-    trace ──> server.add        while a request has arrived by now
-              server.schedule   who runs this step
+    trace ──> server.add        each request that has arrived by now
+              server.schedule   which requests run this step
               now += seconds of that step
-              server.update     a token for each that is due one, any token: its length is in the trace
+              server.update     any token for each request that gets one: output lengths are in the trace
 
 The same loop drives the contiguous baselines of `contiguous`.
 """
@@ -15,31 +15,34 @@ The same loop drives the contiguous baselines of `contiguous`.
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from nanopaged.simulate.contiguous import MemoryUse
+from nanopaged.outputs import SchedulerStats
+from nanopaged.pressure.storm import StormWatch
+from nanopaged.pressure.swap_space import SwappingScheduler
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
-from nanopaged.scheduler import Scheduler, Step
-from nanopaged.stats import SchedulerStats
+from nanopaged.scheduler import Scheduler
+from nanopaged.simulate.contiguous import ContiguousScheduler, MemoryUse
 from nanopaged.simulate.traces import TraceRequest
+from nanopaged.step import Step
 from nanopaged.validation import require_number
 
-Trace = Callable[[], Iterator[TraceRequest]]  # each call begins the same trace anew
+Trace = Callable[[], Iterator[TraceRequest]]  # each call starts the same trace from its beginning
 
-SHORTEST_STEP_S = 1e-5  # still moves a clock that shows traces.LATEST_ARRIVAL_S
+SHORTEST_STEP_S = 1e-5  # every step must advance the clock, even one that shows the seconds since 1970
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of one step: all weights are read once, each token computed, each request's context read.
+    """Seconds of one step: all weights are read once, each token is computed, each request's context is read.
 
     The defaults were fitted by `python -m nanopaged.bench cost` on 23 November 2026: GPT-2 124M with random
     weights, float32, two cores of an AMD EPYC with no GPU, torch 2.13.0. Half of the 33 steps are predicted
-    within 9%. On a CPU arithmetic is dear, so a larger batch saves little: set the constants of your own
+    within 9%. On a CPU arithmetic is expensive, so a larger batch saves little: set the constants of your own
     device to learn about its throughput.
     """
 
@@ -49,16 +52,15 @@ class StepCost:
 
     def __post_init__(self) -> None:
         for name in ("fixed_s", "per_token_s", "per_kv_token_s"):
-            # Every step must move the clock, and the sum of all must stay a number.
             require_number(name, getattr(self, name), SHORTEST_STEP_S if name == "fixed_s" else 0.0, 1000.0)
 
     def seconds(self, num_tokens: int, context_tokens: int) -> float:
-        """Of a step that computes `num_tokens`, for requests whose contexts add up to `context_tokens`."""
+        """Of a step that computes `num_tokens`, for requests whose contexts have `context_tokens` in all."""
         return self.fixed_s + self.per_token_s * num_tokens + self.per_kv_token_s * context_tokens
 
 
 class Clock:
-    """Simulated seconds; it stands still unless it is set."""
+    """Simulated seconds; they pass only when `now` is set."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -67,53 +69,38 @@ class Clock:
         return self.now
 
 
-class Server(Protocol):
-    """What the loop needs of a scheduler."""
-
-    running: list[Request]
-    waiting: OrderedDict[str, Request]
-    max_num_seqs: int
-    stats: SchedulerStats
-    longest: int  # slots that one request can have
-
-    def slots_for(self, request: Request) -> int: ...
-    def add(self, request: Request) -> None: ...
-    def schedule(self) -> Step: ...
-    def update(self, step: Step, token_ids: Sequence[int]) -> None: ...
-    def memory(self, writing: int, refused: bool) -> MemoryUse: ...
-    def has_unfinished(self) -> bool: ...
-
-
 class PagedServer(Scheduler):
-    """The engine's scheduler, with its memory counted as the baselines count theirs."""
+    """The engine's scheduler, with its memory counted as that of the baselines is."""
 
     left_over = 0  # slots of the memory that make no whole block
 
     @property
     def longest(self) -> int:
+        """Slots that one request can have."""
         return self.allocator.num_blocks * self.block_size
 
     def slots_for(self, request: Request) -> int:
-        """Those of its blocks at full length, which can be `longest` at most."""
+        """In its blocks at full length, which can be `longest` at most."""
         return self._blocks_for(request.max_length - 1) * self.block_size
-
-    def schedule(self) -> Step:
-        """As the engine's. Blocks have no contents here, so their moves are done as soon as they are planned."""
-        step = super().schedule()
-        self.moves.clear()
-        return step
 
     def memory(self, writing: int, refused: bool) -> MemoryUse:
         """What the slots hold during a step; O(1). A shared block counts once, a cached one as free.
 
-        Nothing is reserved. Internal waste is whatever the blocks in use have left, the ends of last blocks,
-        and the slots that are too few for a block.
+        Nothing is reserved. Internal waste is what is unfilled in the blocks in use, which is the ends of last
+        blocks, and the slots that are too few for a block.
         """
         stats = self.allocator.stats()
         tokens = stats.filled_slots + writing
-        free = (stats.free_blocks + stats.cached_blocks) * self.allocator.block_size
+        free = (stats.free_blocks + stats.cached_blocks) * self.block_size
         internal = stats.reserved_slots - tokens + self.left_over
         return MemoryUse(tokens, 0, internal, free if refused else 0, 0 if refused else free)
+
+
+class SwappingServer(PagedServer, SwappingScheduler):
+    """The same with a swap space."""
+
+
+Server = PagedServer | ContiguousScheduler
 
 
 class Histogram:
@@ -138,7 +125,7 @@ class Histogram:
 
 
 class TraceSummary(NamedTuple):
-    """What a trace holds, from reading it once."""
+    """The size of a trace, from reading it once."""
 
     requests: int
     first_arrival_s: float
@@ -159,12 +146,12 @@ def summarize(trace: Trace) -> TraceSummary:
 
 @dataclass
 class Averages:
-    """Sums over the steps of the measured time, each weighted by its seconds."""
+    """Sums over the steps of the measured time, each step weighted by its seconds."""
 
     seconds: float = 0.0
     memory: list[float] = field(default_factory=lambda: [0.0] * 5)  # slots, as in MemoryUse
     requests: float = 0.0  # in the step
-    table_entries: float = 0.0  # in all their block tables
+    table_entries: float = 0.0  # in the block tables of all of them
     output_tokens: int = 0  # not weighted
 
     def add(self, seconds: float, memory: MemoryUse, requests: int = 0, table_entries: int = 0,
@@ -181,7 +168,7 @@ class Result:
     """One server's run. Memory, batch and throughput are averages over the time in which requests arrive.
 
     That time, from the first arrival to the last, is the same for all servers, and it leaves out the end,
-    when they only run empty. Where all requests arrive at once it is the whole run. Latencies and counts
+    when no more requests arrive. If all requests arrive at once it is the whole run. Latencies and counts
     are of all requests.
     """
 
@@ -191,11 +178,12 @@ class Result:
     tokens_per_s: float  # generated
     ttft_p50_s: float | None  # time to first token, from arrival
     ttft_p99_s: float | None
-    tbt_p50_s: float | None  # time between tokens, of every two that follow each other
+    tbt_p50_s: float | None  # time between two consecutive tokens of a request
     tbt_p99_s: float | None
     simulated_s: float  # of the whole run, from the first arrival on
     goodput: float  # share of the computed tokens that were computed for the first time
-    hit_share: float  # of prompt tokens: found in the pool instead of computed
+    hit_share: float  # of the prompt tokens: found in the pool instead of computed
+    num_storms: int
     counts: SchedulerStats
 
 
@@ -203,58 +191,65 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
              progress: Callable[[int], None] = lambda finished: None) -> Result:
     """Serves a whole trace; the clock starts at its first arrival.
 
-    Memory does not grow with the trace: of what has arrived only as much is queued as one step could
-    admit. That changes no decision, since the queue is served in order.
+    Every request that has arrived is queued, since an order policy may prefer any of them. So memory grows
+    with the queue; it does not grow with the rest of the trace, which is read as its requests arrive.
 
     Args:
-        measure_until_s: where the averages end, usually `TraceSummary.last_arrival_s`. Where that is not after the
+        measure_until_s: when the averages end, usually `TraceSummary.last_arrival_s`. If that is not after the
             first arrival, they end with the run.
-        server: empty, with `clock` for its clock.
-        progress: told now and then how many requests have finished.
+        server: empty, with `clock` as its clock.
+        progress: is told now and then how many requests have finished.
     """
     arrivals, averages, first_tokens, gaps = enumerate(trace()), Averages(), Histogram(), Histogram()
+    watch = StormWatch(server.allocator.num_blocks)
+    server.listeners.append(watch)
     index, upcoming = next(arrivals)
     start = clock.now = upcoming.arrival_s
     until = measure_until_s if measure_until_s > start else math.inf
     while upcoming or server.has_unfinished():
-        while upcoming and upcoming.arrival_s <= clock.now and len(server.waiting) < server.max_num_seqs:
+        while upcoming and upcoming.arrival_s <= clock.now:
             _add(server, upcoming, index)
             index, upcoming = next(arrivals, (0, None))
-        if not server.has_unfinished():  # nobody is here: on to the next arrival
+        if not server.has_unfinished():  # idle until the next arrival
             averages.add(upcoming.arrival_s - clock.now, server.memory(0, False))
             clock.now = upcoming.arrival_s
             continue
         step = server.schedule()
-        sampled, computed = step.sampled(), sum(step.num_tokens)
-        seconds = cost.seconds(computed, computed + sum([request.num_computed_tokens for request in step.requests]))
+        server.moves.clear()  # blocks have no contents here, so there is nothing to move
+        sampled, computed = [request for _, request in step.sampled], step.computed_tokens
+        seconds = cost.seconds(computed, computed + sum(step.starts))
         if clock.now <= until:
             averages.add(seconds, server.memory(computed, memory_refused(server, step)), len(step.requests),
                          sum([len(request.block_table) for request in step.requests]), len(sampled))
         clock.now += seconds
         _record_latencies(sampled, clock.now, first_tokens, gaps)
-        server.update(step, [0] * len(sampled))
+        server.update(step, dict.fromkeys(sampled, 0))
         if server.stats.num_steps % 256 == 0:
             progress(server.stats.num_finished)
-    return _result(averages, first_tokens, gaps, clock.now - start, server.stats)
+    return _result(averages, first_tokens, gaps, clock.now - start, watch.num_storms, server.stats)
 
 
 def memory_refused(server: Server, step: Step) -> bool:
-    """Whether the head of the queue waits for memory alone: the planned step leaves it a seat, and tokens."""
+    """Whether the first waiting request lacks only memory: the planned step leaves it a seat, and tokens."""
     return bool(server.waiting) and step.budget > 0 and len(server.running) < server.max_num_seqs
 
 
 def as_request(arrival: TraceRequest, index: int) -> Request:
-    return Request(str(index), arrival.prompt, SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True))
+    params = SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True)
+    return Request(str(index), arrival.prompt, params, priority=arrival.priority)
 
 
 def _add(server: Server, arrival: TraceRequest, index: int) -> None:
     request = as_request(arrival, index)
     server.add(request)
-    request.metrics.arrival_time = request.waiting_since = arrival.arrival_s  # it came while a step was computed
+    request.metrics.arrival_time = request.waiting_since = arrival.arrival_s  # perhaps in the middle of a step
 
 
 def _record_latencies(sampled: Sequence[Request], now: float, first_tokens: Histogram, gaps: Histogram) -> None:
-    """Before an update. Nearly all have had their last token at the same time: one addition for all of them."""
+    """Of the tokens that `sampled` get at `now`, before they are recorded.
+
+    Nearly all requests got their last token at the same time: one addition counts them all.
+    """
     times = Counter([request.metrics.last_token_time for request in sampled])
     if times.pop(None, 0):
         for request in sampled:
@@ -264,7 +259,7 @@ def _record_latencies(sampled: Sequence[Request], now: float, first_tokens: Hist
         gaps.add(now - before, requests)
 
 
-def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, simulated_s: float,
+def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, simulated_s: float, num_storms: int,
             stats: SchedulerStats) -> Result:
     slots, seconds = sum(averages.memory), averages.seconds
     return Result(
@@ -273,4 +268,4 @@ def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, simula
         tokens_per_s=averages.output_tokens / seconds, ttft_p50_s=first_tokens.percentile(50),
         ttft_p99_s=first_tokens.percentile(99), tbt_p50_s=gaps.percentile(50), tbt_p99_s=gaps.percentile(99),
         simulated_s=simulated_s, goodput=1 - stats.recomputed_tokens / stats.computed_tokens,
-        hit_share=stats.prompt_hit_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0, counts=stats)
+        hit_share=stats.prompt_hit_tokens / stats.prompt_tokens, num_storms=num_storms, counts=stats)

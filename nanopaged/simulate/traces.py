@@ -1,12 +1,12 @@
 """Where do requests come from, when there are no users?
 
 A trace is a stream of requests in order of arrival, each with a prompt and the number of tokens that
-it will generate. It is made or read while it is used, one request at a time, so a long one takes no
+it will generate. It is generated or read one request at a time, as it is used, so a long trace takes no
 more memory than a short one.
 
 The lengths follow the two data sets of the vLLM paper (Kwon et al., SOSP 2023, section 6.1): their
 means are Figure 11's. The paper shows their long tails but gives no number for them, so each length is
-drawn from a lognormal distribution whose width is our own choice. Arrivals are Poisson, as there.
+drawn from a lognormal distribution whose width is our own choice. Arrivals are Poisson, as in the paper.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from typing import NamedTuple
 
 from nanopaged.validation import require_int, require_number, shown
 
-NUM_SHARED_PREFIXES = 8  # different beginnings that requests share, such as system prompts
-# Later times, and longer gaps between arrivals, are too coarse as floats to tell one short step from the next.
-LATEST_ARRIVAL_S = 1e10  # seconds since 1970 until the year 2286
-LOWEST_RATE = 1e-4  # a million requests before that
+NUM_SHARED_PREFIXES = 8  # different prefixes that requests share, such as system prompts
 
 
 class TraceRequest(NamedTuple):
-    """One user's wish. `output_tokens` is the true length, which a server learns only at the end."""
+    """One user's request. `output_tokens` is the true length, which a real server learns only at the end."""
 
     arrival_s: float
     prompt: list[int]  # token ids
     output_tokens: int
+    priority: float = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ DATASETS = {"sharegpt": LengthStatistics(161, 338, 1.2, 0.9), "alpaca": LengthSt
 class Lengths:
     """Draws lengths from 1 to `limit` tokens, lognormal before they are limited, of the given mean after it.
 
-    Raises ValueError where the limit is too low for such a mean.
+    Raises ValueError if the limit is too low for such a mean.
     """
 
     def __init__(self, mean: float, sigma: float, limit: int) -> None:
@@ -80,15 +78,15 @@ def generate(statistics: LengthStatistics, num_requests: int, rate: float, max_m
     """A random trace; the same seed gives the same trace.
 
     Args:
-        rate: arrivals a second, on average; `LOWEST_RATE` at least.
+        rate: arrivals a second, on average.
         max_model_len: prompt and output, in tokens, are each limited to half of it.
-        shared_prefix: share of each prompt, from its beginning, that is equal to that of other requests:
-            those with the same one of `NUM_SHARED_PREFIXES` common beginnings.
+        shared_prefix: share of each prompt, from its start, that is one of `NUM_SHARED_PREFIXES` common
+            prefixes, chosen at random.
 
-    Raises TypeError or ValueError, at once, for arguments that cannot be.
+    Raises TypeError or ValueError for an invalid argument, before the first request is drawn.
     """
     require_int("num_requests", num_requests, 1)
-    require_number("rate", rate, LOWEST_RATE)
+    require_number("rate", rate, 1e-6)  # positive, and large enough for finite arrival times
     require_number("shared_prefix", shared_prefix, 0.0, 1.0)
     limit = require_int("max_model_len", max_model_len, 4) // 2
     prompts = Lengths(statistics.mean_prompt, statistics.prompt_sigma, limit)
@@ -100,15 +98,11 @@ def generate(statistics: LengthStatistics, num_requests: int, rate: float, max_m
             arrival_s += rng.expovariate(rate)
             length = prompts.draw(rng)
             shared = int(shared_prefix * length)
-            # A token of its own, repeated, is enough to tell a request from all others, and costs no memory.
-            prompt = [rng.randrange(NUM_SHARED_PREFIXES)] * shared + _own_tokens(i, length - shared)
+            # One token id of its own, repeated, is enough to tell a request from all others.
+            prompt = [rng.randrange(NUM_SHARED_PREFIXES)] * shared + [NUM_SHARED_PREFIXES + i] * (length - shared)
             yield TraceRequest(arrival_s, prompt, outputs.draw(rng))
 
     return requests()
-
-
-def _own_tokens(index: int, num_tokens: int) -> list[int]:
-    return [NUM_SHARED_PREFIXES + index] * num_tokens
 
 
 def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
@@ -116,8 +110,9 @@ def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
 
         {"arrival_s": 0.25, "prompt": 161, "output_tokens": 338}
 
-    `prompt` is a number of tokens, or a list of token ids where it matters which prompts begin alike.
-    Raises OSError where the file cannot be read, and ValueError, naming the line, where it is damaged.
+    `prompt` is a number of tokens, or a list of token ids if it matters which prompts have a common prefix.
+    `priority`, a number, may be given too. Raises OSError if the file cannot be read, and ValueError, with the
+    number of the line, if it is damaged.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} must be a regular file, since it is read several times")
@@ -139,14 +134,17 @@ def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
 
 def _parse(line: bytes, number: int, max_model_len: int) -> TraceRequest:
     try:
-        pairs = json.loads(line.decode().rstrip(), object_pairs_hook=tuple)  # a dict would hide a key's double
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        pairs = json.loads(line.decode().rstrip(), object_pairs_hook=tuple)  # a dict would hide that a key is repeated
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
-    wanted = ("arrival_s", "prompt", "output_tokens")
-    if not isinstance(pairs, tuple) or sorted(key for key, _ in pairs) != sorted(wanted):
-        raise ValueError(f"expected an object with {', '.join(wanted)}, once each, got {shown(pairs)}")
+    required = ("arrival_s", "prompt", "output_tokens")
+    keys = sorted(key for key, _ in pairs) if isinstance(pairs, tuple) else []
+    if keys not in (sorted(required), sorted([*required, "priority"])):
+        raise ValueError(f"expected an object with {', '.join(required)}, once each, and priority if there are any, "
+                         f"got {shown(pairs)}")
     fields = dict(pairs)
-    arrival_s = float(require_number("arrival_s", fields["arrival_s"], 0.0, LATEST_ARRIVAL_S))
+    arrival_s = float(require_number("arrival_s", fields["arrival_s"], 0.0))
+    priority = require_number("priority", fields.get("priority", 0), -math.inf)
     output_tokens = require_int("output_tokens", fields["output_tokens"], 1)
     prompt = fields["prompt"]
     if isinstance(prompt, list):
@@ -158,5 +156,5 @@ def _parse(line: bytes, number: int, max_model_len: int) -> TraceRequest:
     if length + output_tokens > max_model_len:
         raise ValueError(f"{length} prompt and {output_tokens} output tokens are more than max_model_len="
                          f"{max_model_len}")
-    # Negative, so that no token id that a file can name is like it.
-    return TraceRequest(arrival_s, prompt if isinstance(prompt, list) else [-number] * length, output_tokens)
+    # No token id in a file is negative, so such a prompt has no prefix in common with any other.
+    return TraceRequest(arrival_s, prompt if isinstance(prompt, list) else [-number] * length, output_tokens, priority)

@@ -1,4 +1,4 @@
-"""Where do requests come from, when there are no users? Lengths, arrivals, sharing, and files that may be damaged."""
+"""Where do requests come from, when there are no users? Lengths, arrivals, prefixes, and damaged files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_lengths_have_a_long_tail() -> None:
     assert outputs[2500] < 0.8 * 338 and outputs[-50] > 3 * 338
 
 
-def test_a_limit_too_low_for_the_mean_is_refused_with_the_least_that_would_do() -> None:
+def test_a_limit_too_low_for_the_mean_is_refused_with_the_lowest_that_is_allowed() -> None:
     with pytest.raises(ValueError, match="raise max_model_len to 752 at least"):
         generate(DATASETS["sharegpt"], 1, 1.0, 512)
     generate(DATASETS["sharegpt"], 1, 1.0, 752)
@@ -59,31 +59,31 @@ def test_the_same_seed_is_the_same_trace_and_another_seed_is_not() -> None:
     assert first == again != other
 
 
-def test_a_trace_is_made_while_it_is_used() -> None:
+def test_a_trace_is_generated_as_it_is_used() -> None:
     endless = generate(DATASETS["sharegpt"], 10**12, 1.0, 2048)
     assert len(list(islice(endless, 3))) == 3
 
 
-def test_prompts_begin_alike_for_the_share_that_was_asked_for_and_no_further() -> None:
+def test_prompts_have_a_common_prefix_of_the_given_share_and_no_more() -> None:
     requests = list(generate(DATASETS["sharegpt"], 200, 1.0, 2048, shared_prefix=0.5))
-    beginnings = {request.prompt[0] for request in requests if len(request.prompt) > 1}
-    assert len(beginnings) == traces.NUM_SHARED_PREFIXES
+    prefixes = {request.prompt[0] for request in requests if len(request.prompt) > 1}
+    assert len(prefixes) == traces.NUM_SHARED_PREFIXES
     for request in requests:
         half = len(request.prompt) // 2
-        assert set(request.prompt[:half]) <= beginnings
-        assert not set(request.prompt[half:]) & beginnings
+        assert set(request.prompt[:half]) <= prefixes
+        assert not set(request.prompt[half:]) & prefixes
     own = [request.prompt[-1] for request in requests]
     assert len(set(own)) == len(own), "each request has tokens that no other has"
 
 
-def test_without_sharing_no_two_prompts_have_a_token_in_common() -> None:
+def test_without_a_shared_prefix_no_two_prompts_have_a_token_in_common() -> None:
     requests = list(generate(DATASETS["alpaca"], 300, 1.0, 2048))
     assert len(set().union(*(request.prompt for request in requests))) == 300
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"num_requests": 0}, "num_requests must be at least 1"), ({"rate": 0.0}, "rate must be at least 0.0001"),
-    ({"rate": 1e-320}, "rate must be at least 0.0001"), ({"rate": float("inf")}, "rate must be finite"),
+    ({"num_requests": 0}, "num_requests must be at least 1"), ({"rate": 0.0}, "rate must be at least 1e-06"),
+    ({"rate": -1.0}, "rate must be at least 1e-06"), ({"rate": float("inf")}, "rate must be finite"),
     ({"shared_prefix": 1.5}, "shared_prefix must be from 0.0 to 1.0"), ({"max_model_len": 2}, "max_model_len")])
 def test_bad_arguments_are_refused_before_the_first_request(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -103,7 +103,12 @@ def test_a_file_gives_its_requests_in_order(tmp_path: Path) -> None:
     first, second, third = read(path, 2048)
     assert (first.arrival_s, len(first.prompt), first.output_tokens) == (1.0, 5, 3)
     assert second.prompt == [4, 4, 2] and third.arrival_s == 2.5 and isinstance(second.arrival_s, float)
-    assert not set(first.prompt) & set(third.prompt), "prompts given by their length share nothing"
+    assert not set(first.prompt) & set(third.prompt), "prompts given by their length have nothing in common"
+
+
+def test_requests_in_a_file_may_have_priorities(tmp_path: Path) -> None:
+    path = write(tmp_path / "trace", GOOD, {**GOOD, "priority": -1.5}, {**GOOD, "priority": 2})
+    assert [request.priority for request in read(path, 2048)] == [0, -1.5, 2]
 
 
 @pytest.mark.parametrize("line, message", [
@@ -112,8 +117,12 @@ def test_a_file_gives_its_requests_in_order(tmp_path: Path) -> None:
     ({**GOOD, "arrival_s": 0.123456789}, "is 0.123456789, but the line before has 1.0: sort the lines by arrival"),
     ({**GOOD, "arrival_s": "soon"}, "arrival_s must be a number"),
     ({**GOOD, "arrival_s": float("nan")}, "arrival_s must be finite"), ({**GOOD, "prompt": 0}, "must be at least 1"),
-    ({**GOOD, "arrival_s": 10**400}, "arrival_s must be from 0.0 to 1"), ({**GOOD, "arrival_s": 1e17}, "from 0.0 to 1"),
-    ('{"arrival_s": 1, "prompt": 5, "prompt": 6, "output_tokens": 3}', "output_tokens, once each, got .*5.*6"),
+    ({**GOOD, "arrival_s": float("inf")}, "arrival_s must be finite"),
+    ({**GOOD, "arrival_s": -1}, "arrival_s must be at least 0"),
+    ('{"arrival_s": 1, "prompt": 5, "prompt": 6, "output_tokens": 3}', "output_tokens, once each, .*got .*5.*6"),
+    ({**GOOD, "priority": "high"}, "priority must be a number"),
+    ({**GOOD, "priority": float("nan")}, "priority must be finite"),
+    ("{}", "expected an object with"), ("7", "expected an object with"),
     ({**GOOD, "prompt": []}, "prompt has no tokens"), ({**GOOD, "prompt": [1, "a"]}, "of prompt must be an int"),
     ({**GOOD, "prompt": "hello"}, "prompt must be an int"), ({**GOOD, "prompt": [-7]}, "must be at least 0"),
     ({**GOOD, "output_tokens": 0}, "output_tokens must be at least 1"), ({**GOOD, "output_tokens": 1.5}, "be an int"),
@@ -124,7 +133,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: object, message: str) -> 
         list(read(path, 2048))
 
 
-def test_bytes_that_are_no_text_and_an_empty_file_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_and_an_empty_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
     with pytest.raises(ValueError, match="bytes, line 2: not JSON"):
         list(read(str(tmp_path / "bytes"), 2048))
@@ -134,8 +143,8 @@ def test_bytes_that_are_no_text_and_an_empty_file_are_refused(tmp_path: Path) ->
         list(read(str(tmp_path / "missing"), 2048))
 
 
-def test_a_trace_that_could_be_read_only_once_is_refused_before_it_is_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")  # to open it would wait for ever
+def test_a_trace_that_can_be_read_only_once_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would block
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(ValueError, match=f"{path} must be a regular file, since it is read several times"):
             list(read(str(path), 2048))
