@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nanopaged import LLM, RequestOutput, SamplingParams
+from nanopaged.validation import require_int
 
 DOCUMENT = """\
 The librarian who never moved a book
@@ -70,7 +71,7 @@ class Job:
 
 
 def story_jobs(count: int, max_tokens: int, seed: int) -> list[Job]:
-    """Cues of unlike lengths, cut from the story; each stands in it only once, so its continuation is known."""
+    """Cues of different lengths, cut from the story; each occurs in it only once, so its continuation is known."""
     rng = random.Random(seed)
     jobs: list[Job] = []
     while len(jobs) < count:
@@ -78,7 +79,7 @@ def story_jobs(count: int, max_tokens: int, seed: int) -> list[Job]:
         start = rng.randrange(len(DOCUMENT) - length - max_tokens)
         cue, after = DOCUMENT[start : start + length], start + length
         if DOCUMENT.count(cue) == 1:
-            # The first is alone for a step and computes the story; 19 join it, the others come while these run.
+            # The first runs alone for a step and computes the story; 19 join it, the others come while these run.
             arrival_step = 0 if not jobs else max(1, len(jobs) - 19)
             jobs.append(Job(DOCUMENT + cue, arrival_step, DOCUMENT[after : after + max_tokens]))
     return jobs
@@ -129,7 +130,8 @@ class Display:
         cells = ["#" if holders[block] > 1 else owner.get(block, "." if block in cached else " ")
                  for block in range(stats.num_blocks)][:1000]
         lines = [f"step {step}: {stats.num_running} running, {stats.num_waiting} waiting, {stats.referenced_blocks} of "
-                 f"{stats.num_blocks} blocks in use, {stats.shared_blocks} of them shared (#), {stats.cached_blocks} cached (.)"]
+                 f"{stats.num_blocks} blocks in use, {stats.shared_blocks} of them shared (#), {stats.cached_blocks} "
+                 "cached (.)"]
         lines += ["  |" + "".join(cells[i : i + 100]) + "|" for i in range(0, len(cells), 100)]
         rewind = f"\x1b[{self.height}A" if self.height else ""
         print(rewind + "\n".join("\x1b[2K" + line for line in lines), flush=True)
@@ -172,15 +174,16 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[Request
     rows = {
         "requests": f"{len(jobs)}, in {stats.num_steps} steps",
         "tokens generated": f"{generated}",
-        "tokens/s": f"{generated / seconds:.1f} ({seconds:.1f} s, {llm.device}, {str(llm.dtype).removeprefix('torch.')})",
+        "tokens/s": f"{generated / seconds:.1f} ({seconds:.1f} s, {llm.device}, "
+                    f"{str(llm.dtype).removeprefix('torch.')})",
         "prompt tokens asked for": f"{stats.prompt_tokens}",
         "prompt tokens computed": f"{stats.prompt_tokens - stats.prompt_hit_tokens} (the others were shared)",
         "peak blocks used": f"{peak_blocks} of {stats.num_blocks}",
         "contiguous reservation": f"{peak_contiguous} blocks, for the same requests at full length",
         "preemptions": f"{stats.num_preemptions}",
         "eviction storms": f"{stats.num_storms}",
-        "tokens computed": f"{stats.computed_tokens}, of which {stats.recomputed_tokens} again; {stats.swapped_in_tokens} "
-                           "were swapped in instead",
+        "tokens computed": f"{stats.computed_tokens}, of which {stats.recomputed_tokens} again; "
+                           f"{stats.swapped_in_tokens} were swapped in instead",
         "goodput": f"{1 - stats.recomputed_tokens / stats.computed_tokens:.2f}",
         "time to first token": f"{first[len(first) // 2]:.2f} s (median), {first[-1]:.2f} s (longest)",
         "time between tokens": f"{1000 * sum(between) / max(1, len(between)):.0f} ms (mean)",
@@ -193,7 +196,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="copycat", help="copycat, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt to continue; repeat it for more")
     parser.add_argument("--workload", default="story", choices=WORKLOADS, help="what copycat is given (default: story)")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens to generate (default: 24, or the workload's)")
+    parser.add_argument("--requests", type=int, metavar="N", help="how many (default: the workload's)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens to generate (default: the workload's)")
     parser.add_argument("--num-blocks", type=int, metavar="N", help="blocks in the pool (default: the workload's, with "
                         "--prompt from the memory there is)")
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens in a block (default: 16)")
@@ -202,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--admission", default="watermark", help="watermark, reserve or greedy (default: watermark)")
     parser.add_argument("--watermark", type=float, default=0.01, metavar="X", help="share left free (default: 0.01)")
     parser.add_argument("--preemption", default="recompute", help="recompute or swap (default: recompute)")
-    parser.add_argument("--swap-blocks", type=int, default=1024, metavar="N", help="blocks of swap space (default: 1024)")
+    parser.add_argument("--swap-blocks", type=int, default=1024, metavar="N", help="of swap space (default: 1024)")
     parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="seats (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seeds cues and sampling (default: 0)")
@@ -219,12 +223,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.max_tokens is not None:
             max_tokens = arguments.max_tokens
+        if arguments.requests is not None:
+            count = require_int("--requests", arguments.requests, 1, 1000)
         params = SamplingParams(temperature=arguments.temperature, max_tokens=max_tokens)
         if known and max_tokens > 120:
             raise ValueError(f"--max-tokens must be at most 120 where the answer is to be checked, got {max_tokens}")
         num_blocks = num_blocks * 16 // max(arguments.block_size, 1) if known else None
-        llm = LLM(arguments.model, device=arguments.device, attention=arguments.attention, block_size=arguments.block_size,
-                  num_blocks=num_blocks if arguments.num_blocks is None else arguments.num_blocks,
+        if arguments.num_blocks is not None:
+            num_blocks = arguments.num_blocks
+        llm = LLM(arguments.model, device=arguments.device, attention=arguments.attention,
+                  block_size=arguments.block_size, num_blocks=num_blocks,
                   max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=2048,  # the whole story in one step
                   admission=arguments.admission, watermark=arguments.watermark,
                   preemption=arguments.preemption, swap_blocks=arguments.swap_blocks, seed=arguments.seed)

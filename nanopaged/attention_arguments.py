@@ -1,4 +1,4 @@
-"""Do these tensors fit each other? Asked before any attention operation, of Triton or of torch.
+"""What does attention take, and do these tensors fit each other? The same for Triton and for torch.
 
 Kinds, shapes, layouts and devices are checked, which costs microseconds; values are not, since to read
 them would wait for the device.
@@ -6,11 +6,20 @@ them would wait for the device.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 
 from nanopaged.validation import require_int, shown
+
+
+class AttentionBackend(NamedTuple):
+    """The two operations, in one implementation, see `torch_attention`."""
+
+    write_kv: Callable[..., None]
+    paged_attention: Callable[..., torch.Tensor]
+
 
 class RaggedBatch(Protocol):
     """Whose rows are whose, and where their contexts lie. `batch.Batch` is one.

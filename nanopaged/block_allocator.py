@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import count
-from typing import NamedTuple
 
 from nanopaged.invariants import check_pool
 from nanopaged.outputs import AllocatorStats
@@ -37,14 +36,6 @@ ROOT_IDENTITY = 0  # stands for "nothing before": the parent of every first bloc
 
 class OutOfBlocks(RuntimeError):
     """A block was requested while every block is referenced."""
-
-
-class BlockMove(NamedTuple):
-    """A copy of one whole block, K and V of all layers, that must be made before the step is computed."""
-
-    kind: str  # "copy" within the pool, "to_host" from the pool into CPU memory, or "to_pool" back
-    source: int
-    target: int
 
 
 class BlockAllocator:
@@ -65,14 +56,10 @@ class BlockAllocator:
         self._keys: list[tuple[int, tuple[int, ...]] | None] = [None] * num_blocks
         self._identities = [ROOT_IDENTITY] * num_blocks  # of published blocks
         self._next_identity = count(ROOT_IDENTITY + 1)
-        self._shared_blocks = 0
-        self._filled_slots = 0
-        self._prefix_hit_tokens = 0
-        self._evicted_blocks = 0
+        self._shared_blocks = self._filled_slots = self._prefix_hit_tokens = self._evicted_blocks = 0
 
     @property
-    def num_available(self) -> int:
-        """Blocks that `take` can hand out: the free ones and the cached ones."""
+    def num_available(self) -> int:  # blocks that `take` can hand out
         return len(self._free) + len(self._cached)
 
     def cached_blocks(self) -> set[int]:  # with no holder, but still findable
@@ -81,8 +68,7 @@ class BlockAllocator:
     def is_published(self, block: int) -> bool:  # whether `find_prefix` can find it
         return self._keys[block] is not None
 
-    def ref_count(self, block: int) -> int:
-        """How many holders a block has; 0 for a free or cached one."""
+    def ref_count(self, block: int) -> int:  # 0 for a free or cached block
         return self._ref_counts[block]
 
     def take(self) -> int:
@@ -216,5 +202,5 @@ class BlockAllocator:
             prefix_hit_tokens=self._prefix_hit_tokens, evicted_blocks=self._evicted_blocks)
 
     def check_invariants(self, block_tables: Iterable[Sequence[int]] | None = None) -> None:
-        """Counts everything again, and compares with the block tables if all there are are given; O(pool)."""
+        """Counts everything again, also against all block tables if they are given; O(pool)."""
         check_pool(self, block_tables)

@@ -134,7 +134,7 @@ def has_folder(name: str) -> bool:
 
 def require_folder(name: str, option: str) -> None:
     if not has_folder(name):
-        raise ValueError(f"{option} needs the folder nanopaged/{name}/, which is not there: restore it, or leave this out")
+        raise ValueError(f"{option} needs the folder nanopaged/{name}/, which is missing: restore it, or do without")
 
 
 def resolve_device(device: str) -> torch.device:

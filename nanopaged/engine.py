@@ -11,7 +11,6 @@ token was recorded, so the step can be repeated, or its requests aborted.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 
 import torch
@@ -22,11 +21,11 @@ from nanopaged.config import (EngineConfig, attach_storm_watch, faster, graph_by
                               resolve_attention, resolve_device, resolve_dtype)
 from nanopaged.gpt2 import GPT2
 from nanopaged.interrupts import uninterrupted
-from nanopaged.kv_cache import KVCache, blocks_that_fit
+from nanopaged.kv_cache import KVCache
 from nanopaged.models.checkpoint import load_model
 from nanopaged.models.tokenizer import TextStream, tokenizer_for
 from nanopaged.outputs import EngineStats, RequestOutput
-from nanopaged.progress import show_progress
+from nanopaged.progress import Progress, show_progress
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling import sample
 from nanopaged.sampling_params import SamplingParams, continuation_seed, hashed, one_for_each
@@ -59,12 +58,10 @@ class LLM:
         prepare_model(self.model, self.device, self.dtype)
 
         reserved = graph_bytes(config, self.model, self.device, self.attention)
-        num_blocks = config.num_blocks or blocks_that_fit(shape, config, self.device, self.dtype, reserved)
-        host_blocks = config.swap_blocks if config.preemption == "swap" else 0
-        self.kv_cache = KVCache(shape, config.block_size, num_blocks, host_blocks, self.device, self.dtype)
+        self.kv_cache = KVCache.of(shape, config, self.device, self.dtype, reserved)
         self.logits_of = faster(self._logits_of, config, self.model, self.kv_cache.blocks, self.attention)
 
-        allocator = BlockAllocator(num_blocks, config.block_size, config.enable_prefix_caching)
+        allocator = BlockAllocator(self.kv_cache.num_blocks, config.block_size, config.enable_prefix_caching)
         self.scheduler = make_scheduler(config, allocator)
         self.storm_watch = attach_storm_watch(self.scheduler)
         self._num_added = 0
@@ -73,19 +70,18 @@ class LLM:
 
     def add_request(self, prompt: str | list[int], sampling_params: SamplingParams | None = None,
                     priority: float = 0) -> str:
-        """Queues a prompt, text or token ids, beside whatever runs; `step` does the work.
+        """Queues a prompt, text or token ids, and returns the request's id; `step` does the work.
 
-        `priority` counts with order="priority": lower is served first. Returns the request's id. Raises
-        TypeError or ValueError for an invalid argument, and TooManyWaiting if the queue is full; then
-        nothing is changed.
+        With order="priority" the lowest `priority` is served first. Raises TypeError or ValueError for an
+        invalid argument, and TooManyWaiting if the queue is full; then nothing is changed.
         """
         params = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
         require_number("priority", priority, -float("inf"))
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
-            raise ValueError("this model came with no tokenizer: give prompts as token ids, and stop_token_ids instead of "
-                             "stop; or LLM(tokenizer=...)")
+            raise ValueError("this model came with no tokenizer: give prompts as token ids and stop_token_ids instead "
+                             "of text, or LLM(tokenizer=...)")
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
         elif not isinstance(prompt, (list, tuple)):
@@ -96,11 +92,9 @@ class LLM:
                 require_int(name, token_id, 0, shape.vocab_size - 1)
         seed = hashed(self.config.seed, "request", self._num_added) if params.seed is None else params.seed
         request_id = str(self._num_added)
-        members = [Request(f"{request_id}.{i}", prompt, params, shape.eos_token_id, continuation_seed(seed, i), priority)
-                   for i in range(params.n)]
+        members = [Request(f"{request_id}.{i}", prompt, params, shape.eos_token_id, continuation_seed(seed, i),
+                           priority, group_id=request_id) for i in range(params.n)]
         members[0].followers = members[1:]
-        for member in members:
-            member.group_id = request_id
         self.scheduler.add(members[0])
         self._num_added += 1
         self._groups[request_id] = {member: TextStream(self.tokenizer, params.stop) for member in members}
@@ -121,15 +115,9 @@ class LLM:
         logits = self.logits_of(step)  # (num_sampled, vocab_size)
         requests = [request for _, request in step.sampled]
         token_ids = dict(zip(requests, sample(logits, requests)))
-        texts: Group = {}
-        stopped = set()
-        for request, token_id in token_ids.items():
-            if token_id in request.stop_token_ids:  # it is no text
-                stopped.add(request)
-                continue
-            texts[request] = self._groups[request.group_id][request].extended(token_id)
-            if texts[request].stopped:
-                stopped.add(request)
+        texts = {request: self._groups[request.group_id][request].extended(token_id)
+                 for request, token_id in token_ids.items() if token_id not in request.stop_token_ids}
+        stopped = {request for request in requests if request not in texts or texts[request].stopped}
         with uninterrupted():  # from here on the step has happened
             self.scheduler.update(step, token_ids, stopped)
             for request in requests:
@@ -156,14 +144,11 @@ class LLM:
         """
         requests = one_for_each(prompts, sampling_params)
         mine: dict[str, Group] = {}
-        start, stats = time.monotonic(), self.scheduler.stats
-        finished_before, tokens_before = stats.num_finished, stats.output_tokens
-        wanted = sum(params.n if isinstance(params, SamplingParams) else 1 for _, params in requests)
+        progress = Progress(self.scheduler.stats, sum(getattr(params, "n", 1) for _, params in requests))
 
         def advance() -> None:
             self._advance()
-            rate = (stats.output_tokens - tokens_before) / max(time.monotonic() - start, 1e-9)
-            show_progress(f"{stats.num_finished - finished_before} of {wanted} continuations, {rate:.0f} tokens/s")
+            progress.show()
 
         try:
             for prompt, params in requests:
@@ -175,23 +160,17 @@ class LLM:
             for request_id in mine:
                 while request_id in self._groups:
                     advance()
-        except BaseException:
-            with uninterrupted():
-                for request_id in mine.keys() & self._groups.keys():
-                    self._abort(request_id)
-            raise
         finally:
             with uninterrupted():
+                for request_id in mine.keys() & self._groups.keys():  # after a fault or an interrupt
+                    self._abort(request_id)
                 for request_id in mine:
                     self._unreported.pop(request_id, None)
             show_progress("")
         return [RequestOutput.of(request_id, group) for request_id, group in mine.items()]
 
     def abort_request(self, request_id: str) -> RequestOutput:
-        """Ends an unfinished request, all its continuations; its blocks go back.
-
-        Returns what it came to; continuations that had not finished have the finish_reason "abort".
-        """
+        """Ends all continuations of a request that have not finished, with the finish_reason "abort"."""
         if not isinstance(request_id, str) or request_id not in self._groups:
             raise ValueError(f"no unfinished request has the id {request_id!r}")
         with uninterrupted():
@@ -206,8 +185,7 @@ class LLM:
                 self.scheduler.abort(member)
         return group
 
-    def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything left to do, or to report."""
+    def has_unfinished_requests(self) -> bool:  # whether `step` has anything left to do, or to report
         return bool(self._groups or self._unreported)
 
     def stats(self) -> EngineStats:

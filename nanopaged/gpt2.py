@@ -4,9 +4,8 @@ OpenAI's architecture (Radford et al., 2019): learned positions, LayerNorm befor
 (pre-norm), GELU by its tanh approximation, and the token embedding used again as the output head.
 Parameters have the checkpoint's names (`wte`, `h.0.attn.c_attn`, ...).
 
-Attention itself is a function that is passed in, since the two forwards differ in nothing else.
 `dense` is GPT-2 with no cache at all: everything else must agree with it. `forward` is the same
-function of a ragged batch, whose attention reads from a paged KV cache.
+function of a ragged batch. They differ in attention alone, so this is a function that is passed in.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanopaged.attention_arguments import AttentionBackend
 from nanopaged.batch import Batch
-from nanopaged.torch_attention import AttentionBackend
 from nanopaged.validation import require_int, require_number
 
 # q (T, n_head, head_dim), k and v (T, num_kv_heads, head_dim) -> (T, n_head, head_dim)
@@ -28,23 +27,22 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The model's shape; fields and defaults are those of the checkpoint's config.json, except `n_kv_head`:
-    K and V heads, for experiments with grouped-query attention; None is `n_head`, as in GPT-2.
-    """
+    """The model's shape; fields and defaults are those of the checkpoint's config.json, except `n_kv_head`."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
-    n_kv_head: int | None = None
+    n_kv_head: int | None = None  # for grouped-query attention; None: n_head, as in GPT-2
     n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     layer_norm_epsilon: float = 1e-5
     eos_token_id: int | None = None  # ends a generation; None: nothing does
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "vocab_size" or name.startswith("n_") and not (value is None and name in ("n_kv_head", "n_inner")):
+            may_be_none = name in ("n_kv_head", "n_inner")
+            if name == "vocab_size" or name.startswith("n_") and not (may_be_none and value is None):
                 require_int(name, value, 1)
         require_number("layer_norm_epsilon", self.layer_norm_epsilon, 0.0)
         if self.n_embd % self.n_head:
@@ -130,10 +128,9 @@ class GPT2(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
-        """One step of many requests, T rows -> logits (num_sampled, vocab_size), for the rows `batch.logits_rows`.
+        """One step of many requests, T rows -> logits (num_sampled, vocab_size), of the rows `batch.logits_rows` alone.
 
-        The other rows need no next token, and the head is the largest matrix of a small GPT-2. Writes to
-        kv_cache, (n_layer, 2, num_blocks, num_kv_heads, block_size, head_dim).
+        Writes to kv_cache, (n_layer, 2, num_blocks, num_kv_heads, block_size, head_dim).
         """
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -143,4 +140,4 @@ class GPT2(nn.Module):
         x = self.wte(batch.token_ids) + self.wpe(batch.positions)  # (T, n_embd)
         for block, (k_cache, v_cache) in zip(self.h, kv_cache):  # `attend` sees this layer's cache
             x = block(x, attend)
-        return self.head(self.ln_f(x.index_select(0, batch.logits_rows)))
+        return self.head(self.ln_f(x.index_select(0, batch.logits_rows)))  # the head is the largest matrix

@@ -1,4 +1,4 @@
-"""What if Ctrl-C comes while the books are being written?
+"""What if Ctrl-C comes in the middle of a state update?
 
 KeyboardInterrupt can be raised between any two instructions. The few that move a block or a request
 from one list to another must all happen, or none; so there the interrupt waits a moment.

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanopaged.batch import upload
-from nanopaged.block_allocator import BlockMove
 from nanopaged.gpt2 import GPT2Config
+from nanopaged.step import BlockMove
 from nanopaged.validation import require_int
 
 if TYPE_CHECKING:
@@ -74,6 +74,18 @@ class KVCache:
         self.blocks = self._allocate("num_blocks", (*layers, num_blocks, *block), num_blocks, device, dtype)
         self.host_blocks = self._allocate("swap_blocks", (host_blocks, *layers, *block), host_blocks,
                                           torch.device("cpu"), dtype, pinned=device.type == "cuda" and host_blocks > 0)
+
+    @classmethod
+    def of(cls, shape: GPT2Config, config: EngineConfig, device: torch.device, dtype: torch.dtype,
+           reserved_bytes: int) -> KVCache:
+        """As large as a settled config says, or as fits the free memory less `reserved_bytes`."""
+        num_blocks = config.num_blocks or blocks_that_fit(shape, config, device, dtype, reserved_bytes)
+        host_blocks = config.swap_blocks if config.preemption == "swap" else 0
+        return cls(shape, config.block_size, num_blocks, host_blocks, device, dtype)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.blocks.shape[2]
 
     @staticmethod
     def _allocate(name: str, shape: tuple[int, ...], num_blocks: int, device: torch.device, dtype: torch.dtype,

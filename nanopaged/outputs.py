@@ -140,8 +140,8 @@ def recent_stats(steps: int, computed: int, recomputed: int, preemptions: int, b
                  num_blocks: int) -> RecentStats:
     """From sums over `steps` steps, of tokens, preemptions and referenced blocks."""
     steps = max(1, steps)
-    return RecentStats(goodput=1.0 - recomputed / computed if computed else 1.0, preemptions_per_step=preemptions / steps,
-                       pool_occupancy=block_steps / steps / num_blocks)
+    return RecentStats(goodput=1.0 - recomputed / computed if computed else 1.0,
+                       preemptions_per_step=preemptions / steps, pool_occupancy=block_steps / steps / num_blocks)
 
 
 @dataclass(kw_only=True)

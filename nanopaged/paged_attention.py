@@ -153,8 +153,8 @@ def check_kernel_sizes(block_size: int, head_dim: int) -> None:
 def check_launch(cache: torch.Tensor) -> None:
     check_kernel_sizes(*cache.shape[2:])
     if not (cache.is_cuda or INTERPRETED):
-        raise ValueError(f"the Triton kernels run on CUDA, and these tensors are on {cache.device}: use attention='torch', "
-                         "or set the environment variable TRITON_INTERPRET=1 before starting Python")
+        raise ValueError(f"the Triton kernels run on CUDA, and these tensors are on {cache.device}: use "
+                         "attention='torch', or set the environment variable TRITON_INTERPRET=1 before starting Python")
 
 
 def jit(*unspecialized: str) -> Callable[[Callable], Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+
+from nanopaged.outputs import SchedulerStats
 
 
 def show_progress(line: str) -> None:
@@ -10,3 +13,16 @@ def show_progress(line: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{line}")
         sys.stderr.flush()
+
+
+class Progress:
+    """How many of `wanted` continuations have finished, and the tokens per second, since it was made."""
+
+    def __init__(self, stats: SchedulerStats, wanted: int) -> None:
+        self.stats, self.wanted, self.start_s = stats, wanted, time.monotonic()
+        self.finished_before, self.tokens_before = stats.num_finished, stats.output_tokens
+
+    def show(self) -> None:
+        finished = self.stats.num_finished - self.finished_before
+        rate = (self.stats.output_tokens - self.tokens_before) / max(time.monotonic() - self.start_s, 1e-9)
+        show_progress(f"{finished} of {self.wanted} continuations, {rate:.0f} tokens/s")

@@ -1,7 +1,7 @@
-"""How is a measurement shown, kept, and told apart from a mistake?
+"""How are measurements shown and kept, and how are mistakes reported?
 
 Every command that measures (`python -m nanopaged.bench ...`, `python -m nanopaged.simulate`) prints
-tables for people and can write the same figures as JSON, with what is needed to redo them.
+tables for people and can write the same figures as JSON, with what is needed to repeat them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 
+from nanopaged.progress import show_progress
+
 PACKAGES = ("torch", "triton", "numpy", "tiktoken")
 
 
-def show_progress(line: str) -> None:
-    """Rewrites one line of the terminal; "" clears it. Silent where stderr is no terminal."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table, padded so that it reads as plain text too; text to the left, all else to the right."""
+    """A Markdown table, padded so that it reads well as plain text; text is aligned left, all else right."""
     cells = [[_shown(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
     left = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
@@ -42,7 +37,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _shown(value: object) -> str:
-    """None: not measured. A float has three significant digits, which is more than most timings deserve."""
+    """None: not measured. Floats have three significant digits, more than most timings are accurate to."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -75,7 +70,7 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], di
          arguments: Sequence[str] | None = None) -> int:
     """Runs a measuring command, which prints its tables and returns its figures; gives the exit status.
 
-    A ValueError or an unreadable file is the user's to mend: one line and status 2, as for a bad flag.
+    A ValueError or an unreadable file is for the user to fix: one line and status 2, as for a bad flag.
     """
     parser.add_argument("--json", metavar="FILE", help="also write the figures here, with versions and arguments")
     args = parser.parse_args(arguments)
@@ -84,7 +79,7 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], di
             existed = os.path.lexists(args.json)
             open(args.json, "a", encoding="utf-8").close()  # fails now, not after minutes of measuring
             if not existed:
-                os.remove(args.json)  # what fails later leaves no empty file behind
+                os.remove(args.json)  # if `run` fails, no empty file is left
         figures = run(args)
         if args.json:
             chosen = {name: value for name, value in vars(args).items() if not callable(value)}

@@ -32,14 +32,14 @@ class Request:
     """
 
     def __init__(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams,
-                 eos_token_id: int | None = None, seed: int = 0, priority: float = 0) -> None:
+                 eos_token_id: int | None = None, seed: int = 0, priority: float = 0, group_id: str = "") -> None:
         if not prompt_token_ids:
             raise ValueError("the prompt is empty: give at least one token to continue from")
         # What the user asked for. It does not change.
-        self.request_id = self.group_id = request_id  # group_id: the same for all n continuations
+        self.request_id = request_id
+        self.group_id = group_id or request_id  # the user's request, the same for all n continuations
         self.params = params
-        self.seed = seed
-        self.priority = priority
+        self.seed, self.priority = seed, priority
         self.num_prompt_tokens = len(prompt_token_ids)
         self.stop_token_ids = set(params.stop_token_ids)
         if eos_token_id is not None and not params.ignore_eos:
@@ -73,8 +73,7 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_seats(self) -> int:
-        """In the batch: one for each continuation that it may start."""
+    def num_seats(self) -> int:  # in the batch, its followers' included
         return 1 + len(self.followers)
 
     def receive(self, token_id: int, now: float) -> None:
@@ -85,6 +84,9 @@ class Request:
         metrics.output_tokens += 1
         if metrics.first_token_time is None:
             metrics.first_token_time = now
+
+    def __lt__(self, other: Request) -> bool:
+        return self.key < other.key
 
     def __repr__(self) -> str:
         return (f"Request({self.request_id!r}, {self.status.value}, prompt={self.num_prompt_tokens}, "

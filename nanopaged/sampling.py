@@ -45,8 +45,8 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         token_ids = token_ids.index_copy(0, chosen, _draw(logits.index_select(0, chosen), *values[1:]))
     token_ids = token_ids.masked_fill(~likeliest.isfinite(), -1).tolist()
     if -1 in token_ids:
-        raise FloatingPointError("the model's logits are not finite: a weight is not, the dtype overflows, or attention "
-                                 "has read slots that were never written (see Scheduler.check_invariants)")
+        raise FloatingPointError("the model's logits are not finite: a weight is not, the dtype overflows, or "
+                                 "attention has read slots that were never written (see Scheduler.check_invariants)")
     return token_ids
 
 

@@ -85,8 +85,8 @@ def one_for_each(prompts: object, sampling_params: object) -> list[tuple[object,
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, (list, tuple)) or any(isinstance(prompt, int) for prompt in prompts):
-        raise TypeError("prompts must be a str, or a list of str and of lists of token ids ([[1, 2, 3]] is one prompt of "
-                        f"three tokens), got {prompts!r:.80}")
+        raise TypeError("prompts must be a str, or a list of str and of lists of token ids ([[1, 2, 3]] is one prompt "
+                        f"of three tokens), got {prompts!r:.80}")
     if not isinstance(sampling_params, (list, tuple)):
         sampling_params = [sampling_params] * len(prompts)
     if len(sampling_params) != len(prompts):

@@ -8,7 +8,7 @@ the budget allows, so a long prompt is cut into chunks and computed while others
 
     running   [A, B, C, D]      in the order of their keys; A is served first
                         ↑└──── the last: the first to give way when the pool is full
-    waiting   [E, F, ...]       in the order of their keys; E is admitted first, and preempts nobody
+    waiting   [E, F, ...]       in the order of their keys; E is admitted first, and never preempts
 
 `schedule` plans a step and takes the blocks that it writes, the engine runs the model, `update`
 records what was computed. If a plan is not carried out (the model raised), its admissions and
@@ -21,18 +21,15 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Mapping
 from itertools import count
-from operator import attrgetter
 
-from nanopaged.block_allocator import BlockAllocator, BlockMove
+from nanopaged.block_allocator import BlockAllocator
 from nanopaged.invariants import check_scheduler
 from nanopaged.outputs import SchedulerStats
 from nanopaged.request import Request, RequestStatus
-from nanopaged.step import Admission, Listeners, Step
+from nanopaged.step import Admission, BlockMove, Listeners, Step
 from nanopaged.validation import require_int
 from nanopaged.waiting import (AdmissionContext, AdmissionPolicy, OrderPolicy, TooManyWaiting, WaitingQueue, fcfs,
                                place_in, refuse_what_never_fits, watermark)
-
-by_key = attrgetter("key")
 
 
 class Scheduler:
@@ -41,10 +38,8 @@ class Scheduler:
     Args:
         allocator: the pool.
         max_num_seqs, max_num_batched_tokens: requests (seats) and tokens in one step at most.
-        max_model_len: longest prompt plus output, in tokens.
-        admission: whether the first waiting request is admitted beside the running ones, see `waiting`.
-        order: a request's place among the others, asked once, when it is added.
-        max_waiting: waiting requests, preempted ones included, beyond which none is added; None: any number.
+        max_model_len, max_waiting: see `config.EngineConfig`; preempted requests wait too.
+        admission, order: functions, see `waiting`; `order` is called once for a request, when it is added.
         clock: tells the time, in seconds; a simulation brings its own.
     """
 
@@ -61,7 +56,7 @@ class Scheduler:
         self.clock = clock
         self.running: list[Request] = []  # sorted by key
         self.waiting = WaitingQueue()
-        self.committed_seats = self.committed_blocks = 0  # of all running requests, with their followers, at full length
+        self.committed_seats = self.committed_blocks = 0  # of running requests and their followers, at full length
         self.moves: list[BlockMove] = []  # planned, and not carried out yet
         self.stats = SchedulerStats()
         self.listeners = Listeners([self.stats])
@@ -69,10 +64,7 @@ class Scheduler:
         self._unrecorded: Step | None = None  # the last plan, until it is recorded
 
     def add(self, request: Request) -> None:
-        """Puts a request, with its followers, into the queue.
-
-        Raises ValueError if it could never run, and TooManyWaiting if the queue is full; nothing is changed then.
-        """
+        """Queues a request. Raises ValueError if it could never run, and TooManyWaiting if the queue is full."""
         if self.queue_is_full():
             raise TooManyWaiting(f"{len(self.waiting)} requests wait already, max_waiting is {self.max_waiting}")
         max_length = min(request.max_length, self.max_model_len)
@@ -163,9 +155,9 @@ class Scheduler:
     def _admit(self, step: Step) -> None:
         """Seats waiting requests in the order of their keys, until the first that does not fit.
 
-            token_ids   │ hit: found in │ restored, see │ chunk: computed │ computed in │
-                        │ the pool      │ `_restore`    │ in this step    │ later steps │
-                        0                                                           known
+            token_ids   │ hit: found in │ restored by │ chunk: computed │ computed in │
+                        │ the pool      │ a subclass  │ in this step    │ later steps │
+                        0                                                         known
         """
         while self.waiting and step.budget:
             request = self.waiting.first()
@@ -176,13 +168,9 @@ class Scheduler:
             prefix = self.allocator.find_prefix(request.token_ids, known - 1)
             if self.running and not self._fits(request, prefix, step.budget):  # alone it fits, see `add`
                 break
-            self._seat(request)
-            self.allocator.take_prefix(prefix)
-            request.block_table.extend(prefix)
-            hit = request.num_computed_tokens = len(prefix) * self.block_size
-            restored = self._restore(request)
-            request.num_computed_tokens += restored
-            request.metrics.prefix_hit_tokens += hit
+            self._seat(request, prefix)
+            hit = len(prefix) * self.block_size
+            restored = request.num_computed_tokens - hit
             step.admitted.append(Admission(request, known, hit, restored, request.metrics.preemptions == 0))
             self._plan(request, step)
 
@@ -200,15 +188,16 @@ class Scheduler:
         """Tokens that a subclass has kept outside the pool, from position `hit` on."""
         return 0
 
-    def _restore(self, request: Request) -> int:
-        """Brings these back, behind the hit in the block table; returns how many they are."""
-        return 0
-
-    def _seat(self, request: Request) -> None:
+    def _seat(self, request: Request, prefix: list[int]) -> None:
+        """Lets a request run, with the blocks of its prefix; a subclass restores here what it has kept."""
         self.waiting.leave(request, RequestStatus.RUNNING)
-        insort(self.running, request, key=by_key)
+        insort(self.running, request)
         self.committed_seats += request.num_seats
         self.committed_blocks += request.full_blocks * request.num_seats
+        self.allocator.take_prefix(prefix)
+        request.block_table.extend(prefix)
+        request.num_computed_tokens = len(prefix) * self.block_size
+        request.metrics.prefix_hit_tokens += request.num_computed_tokens
         request.metrics.waiting_s += self.clock() - request.waiting_since
 
     def _leave(self, request: Request) -> None:
@@ -220,10 +209,7 @@ class Scheduler:
         return -(-num_tokens // self.block_size)
 
     def update(self, step: Step, token_ids: Mapping[Request, int], stopped: Container[Request] = ()) -> None:
-        """Records that a step was computed.
-
-        `token_ids` has a token for each request in `step.sampled`; those in `stopped` end with it.
-        """
+        """Records a computed step, with a token for each request in `step.sampled`; those in `stopped` end with it."""
         allocator, block_size = self.allocator, self.block_size
         for request, start, num_tokens in zip(step.requests, step.starts, step.num_tokens):
             request.num_computed_tokens = end = start + num_tokens
@@ -240,19 +226,17 @@ class Scheduler:
                 allocator.fill(request.block_table[tail], filled)
             if request.followers and end == len(request.token_ids):
                 self._start_followers(request)
-        now, ended = self.clock(), []
+        now = self.clock()
         for _, request in step.sampled:
             request.receive(token_ids[request], now)
             if request in stopped or len(request.token_ids) == request.max_length:
                 self._finish(request, "stop" if request in stopped else "length")
-                ended.append(request)
-        if ended:
+                step.ended.append(request)
+        if step.ended:
             self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
         step.referenced_blocks = allocator.num_blocks - allocator.num_available
         self._unrecorded = None
-        self.listeners.tell("stepped", step)
-        for request in ended:
-            self.listeners.tell("ended", request)
+        self.listeners.tell_step(step)
 
     def _publish(self, request: Request, i: int) -> None:
         """Makes logical block `i` findable; if an equal block is there already, the request holds that one."""
@@ -271,7 +255,7 @@ class Scheduler:
             follower.block_table = leader.block_table[:]
             for block in follower.block_table:
                 self.allocator.share(block)
-            insort(self.running, follower, key=by_key)
+            insort(self.running, follower)
 
     def _finish(self, request: Request, reason: str) -> None:
         if request.status is RequestStatus.RUNNING:
@@ -285,16 +269,14 @@ class Scheduler:
         if request.status is RequestStatus.FINISHED:
             raise ValueError(f"request {request.request_id!r} has finished already")
         if request.status is RequestStatus.RUNNING:
-            del self.running[bisect_left(self.running, request.key, key=by_key)]
+            del self.running[bisect_left(self.running, request)]
         else:
             self.waiting.leave(request, RequestStatus.FINISHED)
         members = [request, *request.followers]
         for member in members:
             self._finish(member, "abort")
-        request.followers = []
         for member in members:
             self.listeners.tell("ended", member)
 
-    def check_invariants(self) -> None:
-        """Counts everything again, and raises InvariantError if anything is inconsistent; O(pool)."""
+    def check_invariants(self) -> None:  # O(pool), for tests and for debugging
         check_scheduler(self)

@@ -10,10 +10,17 @@ import logging
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nanopaged.block_allocator import BlockMove
 from nanopaged.request import Request
 
 logger = logging.getLogger(__name__)
+
+
+class BlockMove(NamedTuple):
+    """A copy of one whole block, K and V of all layers, that must be made before the step is computed."""
+
+    kind: str  # "copy" within the pool, "to_host" from the pool into CPU memory, or "to_pool" back
+    source: int
+    target: int
 
 
 class Admission(NamedTuple):
@@ -43,6 +50,7 @@ class Step:
     admitted: list[Admission] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     # Known once the step is recorded.
+    ended: list[Request] = field(default_factory=list)
     recomputed_tokens: int = 0  # tokens that the same request had in the pool, and lost
     referenced_blocks: int = 0
 
@@ -77,6 +85,11 @@ class Listener:
 
 
 class Listeners(list[Listener]):
+    def tell_step(self, step: Step) -> None:
+        self.tell("stepped", step)
+        for request in step.ended:
+            self.tell("ended", request)
+
     def tell(self, event: str, subject: Request | Step) -> None:
         """Calls `event` of each. One that raises is detached, and logged, and nothing else changes."""
         for listener in self[:]:

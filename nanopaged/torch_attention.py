@@ -10,20 +10,10 @@ seq_lens[i] - n + r.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-from nanopaged.attention_arguments import RaggedBatch, check_attention, check_write
-
-
-class AttentionBackend(NamedTuple):
-    """The two operations, in one implementation: torch here, Triton in `paged_attention`."""
-
-    write_kv: Callable[..., None]
-    paged_attention: Callable[..., torch.Tensor]
+from nanopaged.attention_arguments import AttentionBackend, RaggedBatch, check_attention, check_write
 
 
 def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,

@@ -51,11 +51,7 @@ def require_text(name: str, value: str) -> str:
 
 def shown(value: object) -> str:
     """A value and its type as an error message shows them: short, and on one line."""
-    try:
-        text = " ".join(reprlib.repr(value).split())
-    except ValueError:  # Python writes no int of more than 4,300 digits
-        text = "a number too long to write"
-    return f"{text} ({type(value).__name__})"
+    return f"{' '.join(reprlib.repr(value).split())} ({type(value).__name__})"
 
 
 def _require_range(name: str, value: float, minimum: float, maximum: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from nanopaged.request import Request, RequestStatus
@@ -75,9 +75,9 @@ def refuse_what_never_fits(request: Request, max_length: int, full_blocks: int, 
     if seats > scheduler.max_num_seqs:
         raise ValueError(f"n={seats} continuations need as many seats, max_num_seqs is {scheduler.max_num_seqs}")
     if full_blocks > pool:
-        raise ValueError(f"the request can never fit: its {prompt} prompt tokens and up to {max_length - prompt} output "
-                         f"tokens need {full_blocks} blocks of {scheduler.block_size}, and the whole pool has {pool}: "
-                         "lower max_tokens, or raise num_blocks")
+        raise ValueError(f"the request can never fit: its {prompt} prompt tokens and up to {max_length - prompt} "
+                         f"output tokens need {full_blocks} blocks of {scheduler.block_size}, and the whole pool has {pool}"
+                         ": lower max_tokens, or raise num_blocks")
     empty = AdmissionContext(pool=pool, available=pool, committed=0, chunk=0, prompt=0, full=full_blocks * seats)
     if not scheduler.admission(empty):
         raise ValueError(f"the request can never fit: the admission policy refuses it even in an empty pool, {empty}")
@@ -91,31 +91,30 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[float, ...], Request]] = []
+        self._heap: list[Request] = []
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def __iter__(self) -> Iterator[Request]:  # in order; sorts, so it is for looking at the queue
-        return iter(sorted((r for _, r in self._heap if r.status is RequestStatus.WAITING), key=lambda r: r.key))
+        return iter(sorted(request for request in self._heap if request.status is RequestStatus.WAITING))
 
     def push(self, request: Request) -> None:
         request.status = RequestStatus.WAITING
-        heappush(self._heap, (request.key, request))
+        heappush(self._heap, request)
         self._size += 1
 
     def first(self) -> Request:
-        while self._heap[0][1].status is not RequestStatus.WAITING:
+        while self._heap[0].status is not RequestStatus.WAITING:
             heappop(self._heap)
-        return self._heap[0][1]
+        return self._heap[0]
 
     def leave(self, request: Request, status: RequestStatus) -> None:
         """Takes a request out of the queue: the first, which may come back, or any other, which may not."""
         request.status = status
         self._size -= 1
-        if self._heap[0][1] is request:
+        if self._heap[0] is request:
             heappop(self._heap)
         if len(self._heap) > 2 * self._size + 64:
-            self._heap = [entry for entry in self._heap if entry[1].status is RequestStatus.WAITING]
-            heapify(self._heap)
+            self._heap = list(self)  # a sorted list is a heap

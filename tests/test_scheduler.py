@@ -1,4 +1,4 @@
-"""Who runs this step, and who must wait or give way? What Scheduler promises, with a model of a few lines."""
+"""Which requests run this step, and which must wait or give way? With a model of a few lines."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 import nanopaged
-from nanopaged.pressure import admission
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams
-from nanopaged.scheduler import Scheduler, Step
+from nanopaged.scheduler import Scheduler
+from nanopaged.step import Step
+from nanopaged.waiting import AdmissionPolicy, OrderPolicy, fcfs, watermark
+from tests.recount import assert_consistent, assert_nothing_is_held, assert_writes_are_exclusive
 
 VOCABULARY = 50
 
@@ -42,72 +44,82 @@ def continuation(prompt: list[int], num_tokens: int, stop: Container[int] = ()) 
 
 
 class Engine:
-    """A scheduler and the model over its pool; checks at every step what must always hold.
+    """A scheduler and the model over its pool; checks at every step what must always hold, for any policy.
 
-    KV is read and written through the block tables alone, so a block that is lost, overwritten or
+    KV is read and written through the block tables alone, so a block that is leaked, overwritten or
     served to the wrong request changes the tokens that come after it.
     """
 
     def __init__(self, num_blocks: int = 64, block_size: int = 4, seats: int = 8, budget: int = 64,
-                 max_model_len: int = 128, watermark: float = 0.0, sharing: bool = True) -> None:
+                 max_model_len: int = 128, admission: AdmissionPolicy = watermark(0.0), order: OrderPolicy = fcfs,
+                 sharing: bool = True) -> None:
         self.allocator = BlockAllocator(num_blocks, block_size, sharing)
-        self.scheduler = Scheduler(self.allocator, seats, budget, max_model_len, admission.watermark(watermark),
+        self.scheduler = Scheduler(self.allocator, seats, budget, max_model_len, admission, order,
                                    clock=count().__next__)
         self.kv: list[int | None] = [None] * (num_blocks * block_size)
         self.requests: list[Request] = []
 
-    def add(self, prompt: list[int], max_tokens: int = 4, **params: Any) -> Request:
-        request = Request(str(len(self.requests)), prompt, SamplingParams(max_tokens=max_tokens, **params))
+    def add(self, prompt: list[int], max_tokens: int = 4, priority: float = 0, **params: Any) -> Request:
+        request = Request(str(len(self.requests)), prompt, SamplingParams(max_tokens=max_tokens, **params),
+                          priority=priority)
         self.scheduler.add(request)
         self.requests.append(request)
         return request
 
     @property
     def waiting(self) -> list[Request]:
-        return list(self.scheduler.waiting.values())
+        return list(self.scheduler.waiting)
 
     def schedule(self) -> Step:
         """A plan, checked."""
         scheduler, size = self.scheduler, self.allocator.block_size
-        running, line = len(scheduler.running), [*scheduler.running, *self.waiting]
+        running, first = list(scheduler.running), [*scheduler.running, *self.waiting][:1]
+        preempted_before = scheduler.stats.num_preemptions + self.unrecorded_preemptions()
         step = scheduler.schedule()
-        scheduler.check_invariants()
-        assert [*scheduler.running, *self.waiting] == line, "somebody has overtaken somebody"
-        assert step.requests[:1] == line[:1], "the oldest does not advance"
-        assert step.requests == scheduler.running[: len(step.requests)]
+        self.check()
+        assert_writes_are_exclusive(scheduler, step)
+        assert first == [request for request in first if request in step.requests], "the first by key does not advance"
         assert len(scheduler.running) <= scheduler.max_num_seqs
-        assert sum(step.num_tokens) <= scheduler.max_num_batched_tokens
-        for request, num_tokens in zip(step.requests, step.num_tokens, strict=True):
-            end = request.num_computed_tokens + num_tokens
-            assert request.num_computed_tokens < end <= len(request.token_ids)
-            assert end <= len(request.block_table) * size, "a block table is too short for what is computed"
-        assert all(request.status is RequestStatus.WAITING for request in step.preempted)
-        assert not step.preempted or len(scheduler.running) < running, "admitted while others had to give way"
+        assert sum(step.num_tokens) == scheduler.max_num_batched_tokens - step.budget >= 0
+        for request, start, num_tokens in zip(step.requests, step.starts, step.num_tokens, strict=True):
+            assert start == request.num_computed_tokens < start + num_tokens <= len(request.token_ids)
+            assert start + num_tokens <= len(request.block_table) * size, "a block table is too short"
+        assert [n == 1 for n in step.num_tokens] == [i < step.num_decodes for i in range(len(step.requests))]
+        gave_way = scheduler.stats.num_preemptions + self.unrecorded_preemptions() - preempted_before
+        assert not gave_way or not set(scheduler.running) - set(running), "admitted while others had to give way"
         return step
 
-    def forward(self, step: Step) -> list[int]:
-        """Computes what the plan says, and samples where a request's last token was computed."""
-        size, token_ids, sampled = self.allocator.block_size, [], []
-        for request, num_tokens in zip(step.requests, step.num_tokens):
-            start, table = request.num_computed_tokens, request.block_table
-            end = start + num_tokens
+    def unrecorded_preemptions(self) -> int:
+        """Of a plan that was not carried out."""
+        return sum(request.metrics.preemptions for request in self.requests) - self.scheduler.stats.num_preemptions
+
+    def forward(self, step: Step) -> dict[Request, int]:
+        """Computes what the plan says, and draws a token for each request whose last known token was computed."""
+        size, token_ids = self.allocator.block_size, {}
+        for request, start, num_tokens in zip(step.requests, step.starts, step.num_tokens):
+            table, end = request.block_table, start + num_tokens
             slots = [table[i // size] * size + i % size for i in range(end)]
             for i in range(start, end):
-                block = table[i // size]
-                assert self.allocator.fork(block) == block, "would write into a block that others hold or find"
                 self.kv[slots[i]] = kv_of(request.token_ids[i], [self.kv[slot] for slot in slots[:i]])
             if end == len(request.token_ids):
-                token_ids.append(self.kv[slots[-1]] % VOCABULARY)
-                sampled.append(request)
-        assert step.sampled() == sampled
+                token_ids[request] = self.kv[slots[-1]] % VOCABULARY
+        assert [request for _, request in step.sampled] == list(token_ids)
         return token_ids
 
-    def step(self, stopped: Container[str] = ()) -> Step:
+    def step(self, stopped: Container[Request] | None = None) -> Step:
+        """One step. Requests in `stopped` end with it, by default those that draw one of their stop tokens."""
         assert self.scheduler.has_unfinished(), "nothing is left to do"
         step = self.schedule()
-        self.scheduler.update(step, self.forward(step), stopped)
-        self.scheduler.check_invariants()
+        token_ids = self.forward(step)
+        if stopped is None:
+            stopped = {request for request, token in token_ids.items() if token in request.stop_token_ids}
+        self.scheduler.update(step, token_ids, stopped)
+        self.check()
         return step
+
+    def check(self) -> None:
+        assert_consistent(self.scheduler)
+        self.scheduler.check_invariants()
 
     def run(self) -> list[list[int]]:
         """Steps until all have finished; what each request became, in the order in which they came."""
@@ -115,11 +127,18 @@ class Engine:
             self.step()
         return [request.output_token_ids for request in self.requests]
 
-    def assert_all_blocks_are_back(self) -> None:
-        stats = self.allocator.stats()
-        assert stats.free_blocks + stats.cached_blocks == stats.num_blocks
-        assert stats.reserved_slots == stats.filled_slots == stats.shared_blocks == 0
-        self.scheduler.check_invariants()
+
+def random_order(rng: random.Random) -> OrderPolicy:
+    """Any order at all is allowed."""
+    return rng.choice([fcfs, lambda request: request.priority, lambda request: -request.num_prompt_tokens,
+                       lambda request: rng.random()])
+
+
+def random_admission(rng: random.Random) -> AdmissionPolicy:
+    """So is any admission that lets a request into an empty pool."""
+    return rng.choice([watermark(rng.choice([0.0, 0.0, 0.05, 0.3, 1.0])), lambda context: True,
+                       lambda context: context.committed + context.full <= context.pool,
+                       lambda context: context.prompt == 0 or rng.random() < 0.5])
 
 
 def prompt_of(length: int, first: int = 0) -> list[int]:
@@ -129,7 +148,8 @@ def prompt_of(length: int, first: int = 0) -> list[int]:
 # Who runs: arrival, seats, budget.
 
 
-def test_with_one_seat_requests_are_served_one_after_the_other_as_they_came() -> None:
+@pytest.mark.policy
+def test_fcfs_with_one_seat_serves_requests_in_order_of_arrival() -> None:
     engine = Engine(seats=1)
     requests = [engine.add(prompt_of(length, length), max_tokens=2) for length in (20, 3, 9)]
     order = []
@@ -138,7 +158,8 @@ def test_with_one_seat_requests_are_served_one_after_the_other_as_they_came() ->
     assert order == [request for request in requests for _ in range(2)]
 
 
-def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_room() -> None:
+@pytest.mark.policy
+def test_fcfs_admits_no_small_request_before_a_large_one_that_waits_for_room() -> None:
     engine = Engine(num_blocks=8)
     engine.add(prompt_of(20, 1), max_tokens=4)
     large, small = engine.add(prompt_of(20, 2)), engine.add([1])
@@ -176,7 +197,7 @@ def test_the_budget_is_never_exceeded_and_is_used_up_while_there_is_work() -> No
     assert tokens == [8, 8, 8, 8, 8, 8, 2]
 
 
-def test_with_a_budget_of_one_token_everybody_is_served_in_the_end() -> None:
+def test_with_a_budget_of_one_token_every_request_is_served_in_the_end() -> None:
     engine = Engine(budget=1, seats=2)
     prompts = [prompt_of(5, i) for i in range(3)]
     for prompt in prompts:
@@ -210,23 +231,25 @@ def test_nothing_is_planned_when_nothing_is_left_to_do() -> None:
 # Room: watermark, preemption, progress.
 
 
-@pytest.mark.parametrize("watermark, admitted", [(0.0, 3), (0.125, 3), (0.25, 2), (0.5, 1), (1.0, 1)])
-def test_admission_leaves_the_watermark_free(watermark: float, admitted: int) -> None:
-    engine = Engine(num_blocks=8, watermark=watermark)
+@pytest.mark.policy
+@pytest.mark.parametrize("share, admitted", [(0.0, 3), (0.125, 3), (0.25, 2), (0.5, 1), (1.0, 1)])
+def test_the_watermark_policy_leaves_its_share_of_the_pool_free(share: float, admitted: int) -> None:
+    engine = Engine(num_blocks=8, admission=watermark(share))
     for length in (9, 9, 1):  # three blocks, three blocks and one
         engine.add(prompt_of(length, length), max_tokens=4)
     assert len(engine.step().requests) == admitted
 
 
-def test_the_watermark_never_keeps_a_lone_request_out() -> None:
-    engine = Engine(num_blocks=4, watermark=1.0)
+@pytest.mark.policy
+def test_the_watermark_policy_never_keeps_a_lone_request_out() -> None:
+    engine = Engine(num_blocks=4, admission=watermark(1.0))
     prompts = [prompt_of(13, i) for i in range(3)]
     for prompt in prompts:
         engine.add(prompt, max_tokens=4)
     assert engine.run() == [continuation(prompt, 4) for prompt in prompts]
 
 
-def test_cached_blocks_that_a_hit_revives_are_not_counted_as_room() -> None:
+def test_cached_blocks_that_a_hit_takes_are_not_counted_as_room() -> None:
     engine = Engine(num_blocks=6)
     engine.add(prompt_of(13), max_tokens=1)
     engine.run()
@@ -238,7 +261,8 @@ def test_cached_blocks_that_a_hit_revives_are_not_counted_as_room() -> None:
     assert engine.run()[2] == continuation(prompt_of(13), 1)
 
 
-def test_the_youngest_gives_way_and_waits_in_front_of_the_queue() -> None:
+@pytest.mark.policy
+def test_under_fcfs_the_youngest_gives_way_and_waits_at_the_front_of_the_queue() -> None:
     engine = Engine(num_blocks=4, block_size=2, seats=2)
     old, young = engine.add([1, 2], max_tokens=6), engine.add([3, 4], max_tokens=4)
     never_ran = engine.add([5, 6], max_tokens=2)
@@ -255,7 +279,8 @@ def test_the_youngest_gives_way_and_waits_in_front_of_the_queue() -> None:
     assert engine.run() == [continuation([1, 2], 6), continuation([3, 4], 4), continuation([5, 6], 2)]
 
 
-def test_several_who_give_way_in_one_step_keep_their_order() -> None:
+@pytest.mark.policy
+def test_under_fcfs_several_that_give_way_in_one_step_keep_their_order() -> None:
     engine = Engine(num_blocks=4, block_size=2)
     first, second, third, fourth = [engine.add(prompt_of(2, i), max_tokens=4) for i in range(4)]
     engine.step()
@@ -266,21 +291,21 @@ def test_several_who_give_way_in_one_step_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_the_oldest_running_request_advances_in_every_step_and_never_gives_way(seed: int) -> None:
+def test_the_first_running_request_advances_in_every_step_and_never_gives_way(seed: int) -> None:
     rng = random.Random(seed)
-    engine = Engine(num_blocks=12, block_size=2, budget=rng.choice([6, 16, 64]))
+    engine = Engine(num_blocks=12, block_size=2, budget=rng.choice([6, 16, 64]), order=random_order(rng))
     for i in range(10):
-        engine.add(prompt_of(rng.randint(1, 6), i), max_tokens=rng.randint(8, 16))
+        engine.add(prompt_of(rng.randint(1, 6), i), max_tokens=rng.randint(8, 16), priority=rng.randint(0, 2))
     while engine.scheduler.has_unfinished():
-        oldest = (engine.scheduler.running or engine.waiting)[0]
-        computed, preemptions = oldest.num_computed_tokens, oldest.metrics.preemptions
+        first = (engine.scheduler.running or engine.waiting)[0]
+        computed, preemptions = first.num_computed_tokens, first.metrics.preemptions
         engine.step()
-        assert oldest.status is RequestStatus.FINISHED or oldest.num_computed_tokens > computed, f"seed {seed}"
-        assert oldest.metrics.preemptions == preemptions, f"seed {seed}"
-    assert engine.scheduler.stats.num_preemptions > 0, f"seed {seed} puts nobody under pressure"
+        assert first.status is RequestStatus.FINISHED or first.num_computed_tokens > computed, f"seed {seed}"
+        assert first.metrics.preemptions == preemptions, f"seed {seed}"
+    assert engine.scheduler.stats.num_preemptions > 0, f"seed {seed} preempts no request"
 
 
-def test_a_resumed_request_takes_up_the_shared_beginning_and_its_table_covers_every_token() -> None:
+def test_a_resumed_request_shares_the_common_prefix_and_its_table_covers_every_token() -> None:
     engine = Engine(num_blocks=9, block_size=2)
     prompts = [[1, 2, 3, 4, last] for last in (5, 6, 7)]
     lengths = 10, 6, 8
@@ -296,9 +321,10 @@ def test_a_resumed_request_takes_up_the_shared_beginning_and_its_table_covers_ev
     assert engine.run() == [continuation(prompt, max_tokens) for prompt, max_tokens in zip(prompts, lengths)]
 
 
-def test_a_resumed_request_finds_its_own_blocks_again_where_nobody_needed_them() -> None:
+def test_a_resumed_request_finds_its_own_blocks_again_if_they_were_not_reused() -> None:
     engine = Engine(num_blocks=7, block_size=2)
-    old, young = engine.add([1, 2, 3], max_tokens=4), engine.add([4, 5, 6, 7, 8, 9], max_tokens=5)
+    engine.add([1, 2, 3], max_tokens=4)
+    young = engine.add([4, 5, 6, 7, 8, 9], max_tokens=5)
     while not young.metrics.preemptions:
         engine.step()
     computed_before = engine.scheduler.stats.computed_tokens
@@ -343,13 +369,12 @@ def test_a_prompt_that_leaves_no_room_for_an_output_is_refused_with_the_numbers(
     ("max_num_seqs", 0, ValueError), ("max_num_seqs", 2.0, TypeError),
     ("max_num_batched_tokens", 0, ValueError), ("max_num_batched_tokens", "8", TypeError),
     ("max_model_len", 1, ValueError), ("max_model_len", None, TypeError),
-    ("swap_blocks", -1, ValueError), ("swap_blocks", None, TypeError), ("max_waiting", 0, ValueError),
-    ("max_waiting", 1.5, TypeError),
+    ("max_waiting", 0, ValueError), ("max_waiting", 1.5, TypeError),
 ])
-def test_a_scheduler_that_cannot_be_is_refused_by_the_name_of_the_argument(
+def test_an_invalid_argument_of_the_scheduler_is_named(
     name: str, value: Any, error: type[Exception]
 ) -> None:
-    arguments = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64, "swap_blocks": 0, "max_waiting": None}
+    arguments = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64, "max_waiting": None}
     with pytest.raises(error, match=name):
         Scheduler(BlockAllocator(8, 4), **{**arguments, name: value})
 
@@ -408,7 +433,7 @@ def test_a_request_that_is_named_as_stopped_ends_with_stop_and_the_others_go_on(
     engine = Engine()
     one, other = engine.add([1], max_tokens=6), engine.add([2], max_tokens=6)
     engine.step()
-    engine.step(stopped={one.request_id})
+    engine.step(stopped={one})
     assert (one.status, one.finish_reason, one.num_output_tokens) == (RequestStatus.FINISHED, "stop", 2)
     assert engine.scheduler.running == [other]
     assert engine.run() == [continuation([1], 2), continuation([2], 6)]
@@ -436,7 +461,7 @@ def test_a_prompt_that_is_cached_to_its_last_token_still_computes_that_token(blo
     assert engine.run() == [continuation(prompt_of(8), 2)] * 2
 
 
-def test_equal_beginnings_are_held_once_even_if_computed_in_the_same_step() -> None:
+def test_common_prefixes_are_stored_once_even_if_computed_in_the_same_step() -> None:
     engine = Engine()
     requests = [engine.add([*prompt_of(8), 100 + i], max_tokens=4) for i in range(3)]
     engine.step()
@@ -446,7 +471,7 @@ def test_equal_beginnings_are_held_once_even_if_computed_in_the_same_step() -> N
     assert engine.run() == [continuation([*prompt_of(8), 100 + i], 4) for i in range(3)]
 
 
-def test_what_was_generated_is_shared_too() -> None:
+def test_generated_tokens_are_shared_too() -> None:
     engine = Engine()
     first = engine.add(prompt_of(6), max_tokens=8)
     engine.run()
@@ -471,7 +496,7 @@ def test_without_sharing_everything_is_computed_and_every_block_ends_free() -> N
 
 
 @pytest.mark.parametrize("abandoned", [1, 2, 5])
-def test_a_plan_that_was_not_carried_out_loses_nothing(abandoned: int) -> None:
+def test_a_plan_that_was_not_carried_out_leaks_nothing(abandoned: int) -> None:
     engine = Engine(num_blocks=9, block_size=2, budget=6)
     prompts = [prompt_of(1 + 2 * i, i % 3) for i in range(6)]
     for prompt in prompts:
@@ -485,7 +510,7 @@ def test_a_plan_that_was_not_carried_out_loses_nothing(abandoned: int) -> None:
     assert engine.run() == [continuation(prompt, 4) for prompt in prompts]
     assert engine.scheduler.stats.num_preemptions > 0
     assert engine.scheduler.stats.output_tokens == 6 * 4
-    engine.assert_all_blocks_are_back()
+    assert_nothing_is_held(engine.scheduler)
 
 
 def in_the_queue() -> tuple[Engine, Request]:
@@ -504,7 +529,7 @@ def decoding() -> tuple[Engine, Request]:
     return engine, request
 
 
-def amid_its_prompt() -> tuple[Engine, Request]:
+def within_its_prompt() -> tuple[Engine, Request]:
     engine = Engine(budget=5)
     request = engine.add(prompt_of(9))
     engine.step()
@@ -535,7 +560,7 @@ def sharing_blocks() -> tuple[Engine, Request]:
 
 
 @pytest.mark.parametrize("request_in_state", [
-    in_the_queue, decoding, amid_its_prompt, planned_in_vain, preempted, sharing_blocks
+    in_the_queue, decoding, within_its_prompt, planned_in_vain, preempted, sharing_blocks
 ])
 def test_a_request_can_be_aborted_once(request_in_state: Callable[[], tuple[Engine, Request]]) -> None:
     engine, request = request_in_state()
@@ -551,7 +576,7 @@ def test_a_request_can_be_aborted_once(request_in_state: Callable[[], tuple[Engi
     for other in engine.requests:
         prompt = other.token_ids[: other.num_prompt_tokens]
         assert other is request or other.output_token_ids == continuation(prompt, other.params.max_tokens)
-    engine.assert_all_blocks_are_back()
+    assert_nothing_is_held(engine.scheduler)
 
 
 def test_aborting_a_finished_request_is_an_error_and_changes_nothing() -> None:
@@ -616,26 +641,26 @@ def test_the_times_of_a_request_are_its_arrival_its_first_token_and_its_end() ->
 
 @cache
 def random_mixture(seed: int, abandon: bool) -> Counter[str]:
-    """Runs requests that have nothing to do with one another, checks what each became; what happened on the way."""
+    """Runs unrelated requests under random policies, checks what each became; returns what happened on the way."""
     rng = random.Random(seed)
     size = rng.choice([1, 2, 3, 4, 8, 16])
     beginnings = [[], *([rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 24))] for _ in range(2))]
-    wishes = []
+    work = []
     for _ in range(rng.randint(3, 14)):
         suffix = [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, rng.choice([2, 20])))]
         stop = [rng.randrange(VOCABULARY)] if rng.random() < 0.3 else []
-        wishes.append((rng.choice(beginnings) + suffix, rng.randint(1, 24), stop))
-    longest = max(len(prompt) + max_tokens - 1 for prompt, max_tokens, _ in wishes)
+        work.append((rng.choice(beginnings) + suffix, rng.randint(1, 24), stop))
+    longest = max(len(prompt) + max_tokens - 1 for prompt, max_tokens, _ in work)
     engine = Engine(num_blocks=-(-longest // size) + rng.choice([0, 0, 1, 2, 5, 20]), block_size=size,
                     seats=rng.choice([1, 3, 20, 20]), budget=rng.choice([1, 5, 16, 64]),
-                    watermark=rng.choice([0.0, 0.0, 0.05, 0.3, 1.0]), sharing=rng.random() < 0.8)
+                    admission=random_admission(rng), order=random_order(rng), sharing=rng.random() < 0.8)
     scheduler, allocator = engine.scheduler, engine.allocator
     happened: Counter[str] = Counter()
 
-    while scheduler.has_unfinished() or len(engine.requests) < len(wishes):
-        while len(engine.requests) < len(wishes) and rng.random() < 0.5:
-            prompt, max_tokens, stop = wishes[len(engine.requests)]
-            engine.add(prompt, max_tokens, stop_token_ids=stop)
+    while scheduler.has_unfinished() or len(engine.requests) < len(work):
+        while len(engine.requests) < len(work) and rng.random() < 0.5:
+            prompt, max_tokens, stop = work[len(engine.requests)]
+            engine.add(prompt, max_tokens, rng.randint(0, 2), stop_token_ids=stop)
         if not scheduler.has_unfinished():
             continue
         while abandon and rng.random() < 0.3:
@@ -647,19 +672,19 @@ def random_mixture(seed: int, abandon: bool) -> Counter[str]:
             scheduler.check_invariants()
             continue
         step = engine.step()
-        happened["chunks"] += len(step.requests) - len(step.sampled())
+        happened["chunks"] += len(step.requests) - len(step.sampled)
         if not abandon:
             waste = allocator.stats().reserved_slots - allocator.stats().filled_slots
             assert waste <= len(scheduler.running) * (size - 1), f"seed {seed}: {waste} slots wasted"
             for request in scheduler.running:
                 assert len(request.block_table) == -(-request.num_computed_tokens // size), f"seed {seed}: {request}"
 
-    for request, (prompt, max_tokens, stop) in zip(engine.requests, wishes, strict=True):
+    for request, (prompt, max_tokens, stop) in zip(engine.requests, work, strict=True):
         expected = continuation(prompt, max_tokens, stop)
         if request.finish_reason == "abort":
             expected = expected[: request.num_output_tokens]
         assert request.output_token_ids == expected, f"seed {seed}: {request}"
-    engine.assert_all_blocks_are_back()
+    assert_nothing_is_held(engine.scheduler)
     assert allocator.enable_prefix_caching or allocator.stats().cached_blocks == 0
     happened["preemptions"] = scheduler.stats.num_preemptions
     happened["tokens found"] = allocator.stats().prefix_hit_tokens

@@ -81,7 +81,8 @@ def paged_attention_compiled(q: torch.Tensor, k_cache: torch.Tensor, v_cache: to
         batch.plan = Plan.of(batch, k_cache.shape[2])
     decode = decode or _compiled()
     rows = (q[:decodes] * scale).unflatten(1, (k_cache.shape[1], -1))  # (B, num_kv_heads, group, head_dim)
-    decoded = decode(rows, k_cache, v_cache, *batch.plan.block_list).flatten(1, 2).to(q.dtype)  # (B, num_heads, head_dim)
+    decoded = decode(rows, k_cache, v_cache, *batch.plan.block_list)  # (B, num_kv_heads, group, head_dim)
+    decoded = decoded.flatten(1, 2).to(q.dtype)  # (B, num_heads, head_dim)
     if decodes == len(batch.seq_lens):
         return decoded
     return torch.cat([decoded, paged_attention_torch(q[decodes:], k_cache, v_cache, batch.plan.chunks, scale)])

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from nanopaged.models.copycat import build_copycat
 from nanopaged.gpt2 import GPT2, GPT2Config
+from nanopaged.models.copycat import build_copycat
 from nanopaged.validation import require_int, shown
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def download(name: str, url: str | None = None) -> Path:
             read_weights(part)  # torch.hub does not notice a connection that breaks off
             part.replace(path)
         except (OSError, RuntimeError, CheckpointError) as error:  # no network, no such page; a wrong hash; half a file
-            raise CheckpointError(f"could not download {name} from {url}: {error}. Or give its path as the model") from error
+            raise CheckpointError(f"could not download {name} from {url}: {error}. Its path will do as well") from error
         finally:
             part.unlink(missing_ok=True)
     return path
@@ -108,7 +108,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: reading it needs the safetensors package (pip install safetensors)") from error
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: no whole file of tensors (cut off, or another kind of file): {reason}") from error
+        what = "no whole file of tensors (cut off, or another kind of file)"
+        raise CheckpointError(f"{path}: {what}: {reason}") from error
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path}: holds no state dict (names and tensors), but a {type(state).__name__}")
@@ -134,7 +135,7 @@ def read_config(weights: Path, state: dict[str, torch.Tensor]) -> GPT2Config:
         if not isinstance(fields, dict):
             raise CheckpointError(f"{path}: must hold one JSON object, got a {type(fields).__name__}")
     if "n_head" not in fields and n_embd % 64:
-        raise CheckpointError(f"{weights}: the head count cannot be told from n_embd={n_embd}, which is no multiple "
+        raise CheckpointError(f"{weights}: the head count does not follow from n_embd={n_embd}, which is no multiple "
                               "of 64: put the model's config.json, with n_head, beside it")
     for field, value in {**FIXED_FIELDS, **shape}.items():
         if fields.get(field) not in (None, value):

@@ -38,7 +38,8 @@ def tokenizer_for(vocab_size: int, given: Tokenizer | None, download: bool) -> T
     Raises ValueError if the given one has another vocabulary.
     """
     if given is not None and given.vocab_size != vocab_size:
-        raise ValueError(f"the tokenizer has {given.vocab_size} ids, the model {vocab_size}: they do not belong together")
+        raise ValueError(f"the tokenizer has {given.vocab_size} ids, the model {vocab_size}: they do not belong "
+                         "together")
     if given is not None:
         return given
     if vocab_size == 257:

@@ -56,8 +56,8 @@ class StormWatch(Listener):
         if step.preempted:
             self.pressed = list({*step.requests, *step.preempted})
         self.record(StepFigures(
-            step.computed_tokens, step.recomputed_tokens, len(step.preempted), len(step.requests), step.referenced_blocks,
-            sum([admission.known_tokens for admission in step.admitted]),
+            step.computed_tokens, step.recomputed_tokens, len(step.preempted), len(step.requests),
+            step.referenced_blocks, sum([admission.known_tokens for admission in step.admitted]),
             sum([admission.hit_tokens for admission in step.admitted])))
 
     def record(self, figures: StepFigures) -> None:

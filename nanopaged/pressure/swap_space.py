@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nanopaged.block_allocator import BlockAllocator, BlockMove
+from nanopaged.block_allocator import BlockAllocator
 from nanopaged.invariants import InvariantError
 from nanopaged.request import Request
 from nanopaged.scheduler import Scheduler
-from nanopaged.step import Step
+from nanopaged.step import BlockMove, Step
 from nanopaged.validation import require_int
 
 
@@ -69,18 +69,19 @@ class SwappingScheduler(Scheduler):
             return 0
         return max(0, swapped.num_tokens - hit)
 
-    def _restore(self, request: Request) -> int:
-        """Plans the way back; what is restored can be found by other requests again."""
-        table, hit, size = request.block_table, request.num_computed_tokens, self.block_size
-        restored = self._restorable_tokens(request, hit)
-        for i in range(len(table), self._blocks_for(hit + restored)):
+    def _seat(self, request: Request, prefix: list[int]) -> None:
+        """Plans the way back, behind the prefix; what is restored can be found by other requests again."""
+        super()._seat(request, prefix)
+        table, size = request.block_table, self.block_size
+        request.num_computed_tokens += self._restorable_tokens(request, request.num_computed_tokens)
+        for i in range(len(table), self._blocks_for(request.num_computed_tokens)):
             table.append(self.allocator.take())
             self.moves.append(BlockMove("to_pool", self.swapped[request].blocks[i], table[i]))
-            self.allocator.fill(table[i], min(size, hit + restored - i * size))
-            if (i + 1) * size <= hit + restored:
+            filled = min(size, request.num_computed_tokens - i * size)
+            self.allocator.fill(table[i], filled)
+            if filled == size:
                 self._publish(request, i)
         self._forget(request)
-        return restored
 
     def _forget(self, request: Request) -> None:
         """Frees a request's CPU blocks. Moves that are planned read them before they are written again."""

@@ -1,0 +1,82 @@
+"""What comes back? The engine's figures, and a request's own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from nanopaged import SamplingParams
+from nanopaged.models.tokenizer import TextStream
+from nanopaged.outputs import EngineStats, RequestOutput, SchedulerStats, recent_stats
+from nanopaged.request import Request
+from nanopaged.step import Admission, Step
+from tests.oracle import tiny_model
+from tests.test_engine import tiny_llm
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(f"0.{i}", [1, 2, 3], SamplingParams(n=count), group_id="0") for i in range(count)]
+
+
+def test_the_figures_of_the_scheduler_add_up_what_steps_did() -> None:
+    stats, (one, two) = SchedulerStats(), requests(2)
+    step = Step(0, requests=[one, two], num_tokens=[1, 5], sampled=[(0, one)], preempted=[two],
+                admitted=[Admission(two, 9, 4, 2, True), Admission(one, 7, 3, 0, False)],
+                recomputed_tokens=2, referenced_blocks=6)
+    for _ in range(2):
+        stats.stepped(step)
+    stats.ended(one)
+    assert asdict(stats) == {
+        "num_steps": 2, "num_finished": 1, "num_preemptions": 2, "prompt_tokens": 6, "prompt_hit_tokens": 8,
+        "computed_tokens": 12, "recomputed_tokens": 4, "swapped_in_tokens": 4, "output_tokens": 2,
+        "referenced_block_steps": 12}
+
+
+@pytest.mark.parametrize("sums, expected", [
+    ((4, 100, 25, 2, 20, 10), (0.75, 0.5, 0.5)),
+    ((0, 0, 0, 0, 0, 10), (1.0, 0.0, 0.0)),  # before the first step
+    ((1, 0, 0, 3, 10, 10), (1.0, 3.0, 1.0)),
+])
+def test_recent_figures_are_averages_over_the_steps(sums: tuple[int, ...], expected: tuple[float, ...]) -> None:
+    recent = recent_stats(*sums)
+    assert (recent.goodput, recent.preemptions_per_step, recent.pool_occupancy) == expected
+
+
+def test_without_a_storm_watch_the_recent_figures_are_over_all_steps() -> None:
+    llm = tiny_llm(tiny_model(), num_blocks=8, admission="greedy", enable_prefix_caching=False, max_num_seqs=3)
+    for token in range(3):
+        llm.add_request([token] * 9, SamplingParams(temperature=0.0, max_tokens=50))
+    while llm.has_unfinished_requests():
+        llm.step()
+    watched, whole = llm.stats(), EngineStats.of(llm.scheduler, None)
+    assert whole.num_steps > 64 and whole.num_preemptions > 0
+    assert whole.goodput == 1 - whole.recomputed_tokens / whole.computed_tokens
+    assert whole.preemptions_per_step == whole.num_preemptions / whole.num_steps
+    assert whole.pool_occupancy == whole.referenced_block_steps / whole.num_steps / 8
+    assert (whole.num_storms, whole.swap_blocks, whole.swap_blocks_used) == (0, 0, 0)
+    differing = {name for name, value in asdict(whole).items() if value != asdict(watched)[name]}
+    assert differing <= {"goodput", "preemptions_per_step", "pool_occupancy", "num_storms"}
+
+
+def test_an_output_shows_each_continuation_as_it_was_when_it_was_made() -> None:
+    one, two = requests(2)
+    one.receive(7, now=1.0)
+    two.receive(8, now=1.0)
+    two.finish_reason = "stop"
+    output = RequestOutput.of("0", {one: TextStream(None, text="shown"), two: TextStream(None, text="ended")})
+    one.receive(9, now=2.0)
+    assert (output.request_id, output.prompt_token_ids, output.finished) == ("0", [1, 2, 3], False)
+    assert [completion.index for completion in output.outputs] == [0, 1]
+    assert [completion.token_ids for completion in output.outputs] == [[7], [8]]
+    assert [completion.text for completion in output.outputs] == ["shown", "ended"]
+    assert [completion.finish_reason for completion in output.outputs] == [None, "stop"]
+    assert output.metrics is output.outputs[0].metrics and output.metrics.output_tokens == 1
+
+
+def test_a_request_is_finished_when_all_its_continuations_are() -> None:
+    members = requests(2)
+    for finished, member in enumerate(members):
+        assert not RequestOutput.of("0", {m: TextStream(None) for m in members}).finished
+        member.finish_reason = "length"
+    assert RequestOutput.of("0", {m: TextStream(None) for m in members}).finished
