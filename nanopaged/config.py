@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +20,7 @@ from nanopaged.paged_attention import INTERPRETED, TRITON, check_kernel_sizes, t
 from nanopaged.scheduler import Scheduler
 from nanopaged.step import Step
 from nanopaged.torch_attention import TORCH, AttentionBackend
-from nanopaged.validation import require_choice, require_int, require_number, require_seed, shown
+from nanopaged.validation import has_folder, require_choice, require_int, require_number, require_seed, shown
 from nanopaged.waiting import AdmissionPolicy, OrderPolicy, fcfs, watermark
 
 if TYPE_CHECKING:
@@ -124,12 +123,6 @@ class EngineConfig:
         require_int("max_model_len", max_model_len, 2, model.n_positions)
         budget = self.max_num_batched_tokens or (2048 if device.type == "cuda" else 512)
         return replace(self, max_model_len=max_model_len, max_num_batched_tokens=budget)
-
-
-def has_folder(name: str) -> bool:
-    """Whether an optional folder of the package is there; Python takes even an empty one for a package."""
-    spec = find_spec(f"nanopaged.{name}")
-    return spec is not None and spec.origin is not None
 
 
 def require_folder(name: str, option: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from importlib.util import find_spec
 
 
 def require_int(name: str, value: object, minimum: float = -math.inf, maximum: float = math.inf) -> int:
@@ -59,3 +60,9 @@ def _require_range(name: str, value: float, minimum: float, maximum: float) -> f
         allowed = f"at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return value
+
+
+def has_folder(name: str) -> bool:
+    """Whether an optional folder of the package is there; Python takes even an empty one for a package."""
+    spec = find_spec(f"nanopaged.{name}")
+    return spec is not None and spec.origin is not None

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanopaged.request import Request, RequestStatus
 from nanopaged.validation import require_number
@@ -33,12 +32,10 @@ def fcfs(request: Request) -> float:
 
 def place_in(order: OrderPolicy, request: Request) -> float:
     """A request's place. Raises TypeError or ValueError if the policy returns no finite number."""
-    return require_number(f"the place that order={getattr(order, '__name__', order)} gives a request",
-                          order(request), -math.inf)
+    return require_number("the place that `order` gives a request", order(request), -math.inf)
 
 
-@dataclass(frozen=True)
-class AdmissionContext:
+class AdmissionContext(NamedTuple):
     """What an admission policy may judge by, in blocks. The candidate is the first waiting request.
 
     A policy is asked about it whenever others run; a request that is alone is always admitted. And it is

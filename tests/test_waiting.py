@@ -89,7 +89,7 @@ def test_an_order_that_returns_no_number_is_named(place: object, error: type[Exc
     def my_order(request: Request) -> object:
         return place
 
-    with pytest.raises(error, match="order=my_order"):
+    with pytest.raises(error, match="the place that `order` gives a request"):
         place_in(my_order, request_at(0, 0))
 
 

@@ -1,9 +1,9 @@
-"""What does the compiler make of the kernels, for GPUs that need not be there?
+"""What machine code do the kernels become? Needs no GPU.
 
 Triton is given a driver with no GPU behind it. The functions that the engine calls run as they are, on
-tensors of its shapes and dtypes, up to the launch: so what is compiled here is what would be launched
-there. The figures are read off the machine code: registers and spills (`cuobjdump -res-usage`), the
-width of the loads from global memory, and whether matrix products use the tensor cores.
+tensors of its shapes and dtypes, up to the launch: so the code compiled here is the code that a GPU
+would run. The figures are read from it: registers and spills (`cuobjdump -res-usage`), the width of the
+loads from global memory, and whether matrix products use the tensor cores.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from unittest import mock
 
 import torch
 
-from nanopaged import paged_attention, report
+from nanopaged import paged_attention
+from nanopaged.bench.inputs import uniform_batch
 from nanopaged.paged_attention import INTERPRETED, paged_attention_triton, triton, write_kv_triton
+from nanopaged.progress import show_progress
+from nanopaged.report import table
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}  # A100, H100, B200, MI300: kind, architecture, threads in a warp
 DTYPES = ("float16", "bfloat16", "float32")
-# Machine code of NVIDIA from Ampere to Blackwell, and of AMD.
+# In the machine code of NVIDIA from Ampere to Blackwell, and of AMD.
 WIDE_LOAD = re.compile(r"LDG(STS)?\.E\.\S*128|(global|buffer)_load_dwordx4")
 NARROW_LOAD = re.compile(r"LDG(STS)?\.E(?!\S*128)|(global|buffer)_load_(dword|short|ushort|ubyte)\w*")
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)|v_mfma")
@@ -43,17 +46,17 @@ class Compiled:
     spills_bytes: int
     shared_bytes: int
     wide_loads: int  # instructions that load 16 bytes a thread from global memory
-    narrow_loads: int  # those that load less: lengths, block tables, sums of splits
+    narrow_loads: int  # instructions that load less: lengths, block tables, sums of splits
     tensor_core: int  # instructions
 
     @property
     def programs(self) -> int | None:
-        """Programs that the register file of an NVIDIA multiprocessor has room for, 65,536 of 32 bits."""
+        """Programs that fit the register file of an NVIDIA multiprocessor, 65,536 registers of 32 bits."""
         return 65536 // (-(-self.registers // 8) * 8 * self.threads) if self.target.startswith("sm_") else None
 
 
 class NoDevice:
-    """A driver that knows what to compile for, and has nothing to run it on."""
+    """A driver that knows what to compile for, and has no GPU to run it on."""
 
     def __init__(self, target: str) -> None:
         self.target = triton.backends.compiler.GPUTarget(*TARGETS[target])
@@ -70,9 +73,10 @@ class NoDevice:
 
 @contextmanager
 def instead_of_launching(target: str) -> Iterator[list[tuple[str, object]]]:
-    """Within, kernels are compiled for `target` and not launched; yields (name, kernel) of each launch as it comes.
+    """Inside, kernels are compiled for `target` and not launched.
 
-    A kernel comes again for each launch; the same object, if Triton found that it need not compile it again.
+    Yields a list to which each launch adds (name, kernel): the same kernel, if Triton did not have to
+    compile it again.
     """
     if INTERPRETED or triton is None:
         raise ValueError("compiling needs the triton package, and TRITON_INTERPRET unset")
@@ -92,7 +96,7 @@ def _driver(driver: NoDevice) -> Iterator[None]:
     kernels = [value for value in vars(paged_attention).values() if isinstance(value, triton.runtime.jit.JITFunction)]
     before = triton.runtime.driver._active
 
-    def forget() -> None:  # a device is its number to Triton, and another target's number 0 is not this one's
+    def forget() -> None:  # Triton caches kernels by device number, and each target here is number 0
         for kernel in kernels:
             kernel.device_caches.clear()
 
@@ -107,15 +111,13 @@ def _driver(driver: NoDevice) -> Iterator[None]:
 
 def engine_calls(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int,
                  block_size: int) -> dict[str, Callable[[], object]]:
-    """The attention calls that an engine makes, each a function: writing, a prompt, a decode of many and of few."""
+    """The attention calls that an engine makes, as functions: writing, a prompt, a decode of many and of few."""
     cache = torch.zeros(8, num_kv_heads, block_size, head_dim, dtype=dtype)
 
-    def attend(num_requests: int, query_len: int) -> None:
-        qkv = torch.zeros(num_requests * query_len, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
-        lengths = torch.full((num_requests,), 1024, dtype=torch.int32)
-        starts = torch.arange(num_requests + 1, dtype=torch.int32) * query_len
+    def attend(num_requests: int, queries: int) -> None:
+        qkv = torch.zeros(num_requests * queries, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
         tables = torch.zeros(num_requests, 1024 // block_size, dtype=torch.int32)
-        paged_attention_triton(qkv[:, :num_heads], cache, cache, tables, starts, lengths, query_len, head_dim**-0.5)
+        paged_attention_triton(qkv[:, :num_heads], cache, cache, uniform_batch(tables, queries, 1024), head_dim**-0.5)
 
     def write() -> None:
         rows = torch.zeros(4, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)[:, num_heads:]
@@ -132,7 +134,7 @@ def compiled(targets: list[str], dtypes: list[str], num_heads: int = 12, num_kv_
     for target in targets:
         with instead_of_launching(target) as launches:
             for dtype in dtypes:
-                report.show_progress(f"compiling for {target}, {dtype}")
+                show_progress(f"compiling for {target}, {dtype}")
                 for call in engine_calls(getattr(torch, dtype), num_heads, num_kv_heads, head_dim, block_size).values():
                     call()
                 found += [_examine(target, dtype, name, kernel) for name, kernel in dict.fromkeys(launches)]
@@ -160,28 +162,29 @@ def _examine(target: str, dtype: str, name: str, kernel: object) -> Compiled:
 
 
 def _tool(name: str, *arguments: str) -> str:
-    """Runs one of the tools that Triton's package carries."""
+    """Runs one of the tools in Triton's package, and returns what it prints."""
     path = getattr(triton.knobs.nvidia, name).path
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", action="append", choices=TARGETS, help="a GPU to compile for; all of them unless told")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="all of them unless told")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="a GPU to compile for; may be repeated "
+                        "(default: all)")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated (default: all)")
     for name, default in (("heads", 12), ("kv-heads", 12), ("head-dim", 64), ("block-size", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} unless told")
+        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     kernels = compiled(args.target or list(TARGETS), args.dtype or list(DTYPES), args.heads, args.kv_heads,
                        args.head_dim, args.block_size)
-    report.show_progress("")
-    print(report.table(
+    show_progress("")
+    print(table(
         ["target", "dtype", "kernel", "registers", "programs", "spilled B", "shared B", "16 B loads", "other loads",
          "tensor core"],
         [[k.target, k.dtype, k.kernel, k.registers, k.programs, k.spills_bytes, k.shared_bytes, k.wide_loads,
           k.narrow_loads, k.tensor_core] for k in kernels]))
-    print("\nregisters: per thread. programs: that the register file of a multiprocessor has room for. spilled: what"
-          "\nregisters had no room for, per thread; should be 0. shared: per program. loads: instructions that read"
-          "\nglobal memory, 16 bytes a thread (K, V and Q should) or less (lengths and block tables).")
+    print("\nregisters: per thread. programs: how many fit the register file of a multiprocessor. spilled: bytes that"
+          "\nfit no register, per thread; should be 0. shared: per program. loads: instructions that read global"
+          "\nmemory, 16 bytes a thread (as K, V and Q should be) or less (lengths and block tables).")
     return {"kernels": [asdict(kernel) for kernel in kernels]}

@@ -4,7 +4,7 @@ A step reads all weights once (a fixed cost), computes each of its tokens, and r
 each request's context. Random prompts of many lengths run through the engine, alone and in batches;
 each step's seconds are one equation in these three unknowns, solved by least squares of the relative
 error, so that short steps weigh as much as long ones. Every step is timed in several rounds, and its
-fastest time counts: what else the machine does can only add. Random weights cost what trained ones do.
+shortest time is used: noise can only add to it. Random weights cost as much as trained ones.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 
 import torch
 
 from nanopaged import LLM, SamplingParams
-from nanopaged.batch import Batch
-from nanopaged.bench.model import random_gpt2
-from nanopaged.report import show_progress, table
-from nanopaged.sampling import sample
+from nanopaged.bench.inputs import random_gpt2
+from nanopaged.bench.timing import timed_steps
+from nanopaged.progress import show_progress
+from nanopaged.report import table
 from nanopaged.validation import require_int
 
 BATCH_SIZES = (1, 4, 16)
 OUTPUT_TOKENS = 8
+
+Equation = tuple[float, float, float, float]  # of a step: 1, tokens computed, tokens of context read, seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,16 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     require_int("rounds", args.rounds, 1)
-    llm = LLM(random_gpt2(args.layers, seed=args.seed), device=args.device, num_blocks=1024, enable_prefix_caching=False)
-    timed_steps(llm, random.Random(args.seed), 1)  # warms up
+    model = random_gpt2(args.layers, seed=args.seed)
+    llm = LLM(model, device=args.device, num_blocks=1024, enable_prefix_caching=False)
+    equations_of(llm, random.Random(args.seed), 1)  # warms up
     rounds = []
     for i in range(args.rounds):
         rng, steps = random.Random(args.seed), []  # the same prompts again, so the same steps
         for batch_size in BATCH_SIZES:
             show_progress(f"round {i + 1} of {args.rounds}: batches of {batch_size} requests")
-            steps += timed_steps(llm, rng, batch_size)
+            steps += equations_of(llm, rng, batch_size)
         rounds.append(steps)
-    equations = torch.tensor(rounds, dtype=torch.float64).amin(0)  # (steps, 4): 1, tokens, KV tokens read, seconds
+    equations = torch.tensor(rounds, dtype=torch.float64).amin(0)  # (steps, 4)
     relative = equations / equations[:, 3:]
     constants = torch.linalg.lstsq(relative[:, :3], relative[:, 3:]).solution[:, 0]
     errors = (relative[:, :3] @ constants - 1).abs().tolist()
@@ -60,23 +62,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
                                            ["each token computed", per_token_s * 1e6],
                                            ["each token of context read", per_kv_token_s * 1e6]]))
     if min(constants) < 0:
-        print("\nA cost below zero cannot be: the machine was too busy to be measured. Try again when it is quiet.")
+        print("\nA cost cannot be negative: there was too much noise. Try again when the machine is idle.")
     return figures
 
 
-def timed_steps(llm: LLM, rng: random.Random, batch_size: int) -> list[tuple[float, int, int, float]]:
-    """(1, tokens computed, tokens of context read, seconds) of each step that `batch_size` random requests take."""
-    vocabulary, longest = llm.config.vocab_size, llm.config.n_positions - OUTPUT_TOKENS
+def equations_of(llm: LLM, rng: random.Random, batch_size: int) -> list[Equation]:
+    """One for each step that `batch_size` random requests take."""
+    shape = llm.model.config
+    longest = shape.n_positions - OUTPUT_TOKENS
     for _ in range(batch_size):
-        prompt = [rng.randrange(vocabulary) for _ in range(round(longest ** rng.uniform(0.3, 1.0)))]
+        prompt = [rng.randrange(shape.vocab_size) for _ in range(round(longest ** rng.uniform(0.3, 1.0)))]
         llm.add_request(prompt, SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True))
-    steps = []
-    while llm.scheduler.has_unfinished():
-        start = time.perf_counter()
-        step = llm.scheduler.schedule()
-        batch = Batch.from_step(step, llm.block_size, llm.device)
-        token_ids = sample(llm.model(batch, llm.kv_cache.blocks, llm.attention), step.sampled())  # waits for the device
-        context = sum(request.num_computed_tokens + n for request, n in zip(step.requests, step.num_tokens))
-        llm.scheduler.update(step, token_ids)
-        steps.append((1.0, sum(step.num_tokens), context, time.perf_counter() - start))
-    return steps
+    return [(1.0, size.tokens, size.context, seconds) for seconds, size in timed_steps(llm)]

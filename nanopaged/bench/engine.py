@@ -1,10 +1,10 @@
 """How fast is the whole engine on a CPU, and how far from what its matrix products alone would take?
 
-GPT-2's 124M shapes with random weights in float32, requests of mixed lengths, greedy. Beside the paged
-engine stand, on the same model code: the floor (the matrix products of the very same steps, and their
-KV bytes read once at the speed of a large read, nothing else; timed in turn with the engine's steps);
-static batches, padded to the longest, as large as the KV memory of the paged run allows; and one
-request at a time.
+The shapes of GPT-2 124M with random weights in float32, requests of mixed lengths, greedy. The paged
+engine is compared with three others on the same model: the floor (the matrix products of the same
+steps, and their KV bytes read once at the speed of a large read, nothing else; timed in turn with the
+engine's steps); static batches, padded to the longest, as large as the KV memory of the paged run
+allows; and one request at a time.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from dataclasses import dataclass
 import torch
 
 from nanopaged import LLM, SamplingParams
-from nanopaged.batch import Batch
-from nanopaged.bench.model import random_gpt2
+from nanopaged.bench.inputs import random_gpt2
 from nanopaged.bench.static_batch import generate_static, static_cache, static_cache_tokens
-from nanopaged.gpt2 import GPT2, GPT2Config, pad_rows, project
+from nanopaged.bench.timing import StepSize, timed_steps
+from nanopaged.config import prepare_model
+from nanopaged.fast.cpu import pad_rows, project
+from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.kv_cache import block_bytes
-from nanopaged.report import show_progress, table
+from nanopaged.progress import show_progress
+from nanopaged.report import table
 from nanopaged.validation import require_int
 
 BLOCK_SIZE = 16
 STEP_TOKENS = 512  # rows of a step at most, for the paged engine (its default on a CPU) and for static prefill
-ALONE = 2  # requests that are run one at a time: enough for a rate, and two minutes less than all of them
+ALONE = 2  # requests that are run one at a time: enough for a rate; all of them would take two minutes more
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Workload:
 
     @classmethod
     def mixed(cls, num_requests: int, max_prompt: int, max_output: int, seed: int, prefix_len: int = 0) -> Workload:
-        """Lengths drawn evenly: prompts from a sixteenth of the longest, outputs from an eighth."""
+        """Lengths drawn uniformly: of prompts from a sixteenth of the longest on, of outputs from an eighth."""
         rng = random.Random(seed)
         prefix = rng.choices(range(GPT2Config.vocab_size), k=prefix_len)
         prompts = [prefix + rng.choices(range(GPT2Config.vocab_size), k=rng.randint(-(-max_prompt // 16), max_prompt))
@@ -45,7 +48,7 @@ class Workload:
         return cls(prompts, [rng.randint(-(-max_output // 8), max_output) for _ in range(num_requests)])
 
     def sample(self, count: int) -> Workload:
-        """A few requests that stand for all: evenly spaced in the order of their lengths."""
+        """A few requests that represent all: evenly spaced in the order of their lengths."""
         order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]) + self.output_lens[i], i))
         chosen = [order[(2 * i + 1) * len(order) // (2 * count)] for i in range(min(count, len(order)))]
         return Workload([self.prompts[i] for i in chosen], [self.output_lens[i] for i in chosen])
@@ -56,7 +59,7 @@ class Workload:
 
 
 class Floor:
-    """The least time that a step must take, on the machine as it is at that moment."""
+    """The least time that a step must take, with the machine's speed at that moment."""
 
     def __init__(self, model: GPT2) -> None:
         self.model = model
@@ -70,7 +73,7 @@ class Floor:
 
     @staticmethod
     def _read_speed() -> float:
-        """Of a sum over 256 MiB, the best of five: far more than a cache holds."""
+        """Bytes per second of a sum over 256 MiB, far more than a cache holds; the best of five."""
         large, best = torch.ones(2**26), float("inf")
         for _ in range(5):
             start = time.perf_counter()
@@ -78,16 +81,16 @@ class Floor:
             best = min(best, time.perf_counter() - start)
         return large.nbytes / best
 
-    def seconds(self, batch: Batch, step: int) -> float:
-        """Of a step; where it has as many rows as the one before, its products are timed every other time."""
-        rows = len(batch.token_ids), len(batch.logits_rows)
+    def seconds(self, size: StepSize, step: int) -> float:
+        """Of a step; if it has as many rows as the one before, its products are timed every other time."""
+        rows = size.tokens, size.sampled
         if rows != self.timed or step % 2 == 0:
             self.timed, self.products_s = rows, self._products(*rows)
-        return self.products_s + int(batch.seq_lens.sum()) * self.kv_token_bytes / self.bytes_per_s
+        return self.products_s + size.context * self.kv_token_bytes / self.bytes_per_s
 
     @torch.inference_mode()
     def _products(self, num_rows: int, num_sampled: int) -> float:
-        """By the same routine as the model's, without the biases, and without the copies that padding takes."""
+        """By the same routine as the model's, without biases, and without the copies for padding."""
         narrow, wide = pad_rows(self.narrow[:num_rows]), pad_rows(self.wide[:num_rows])
         sampled = pad_rows(self.narrow[:num_sampled])
         start = time.perf_counter()
@@ -106,11 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-prompt", type=int, default=256, help="longest prompt, in tokens (default: 256)")
     parser.add_argument("--max-output", type=int, default=128, help="longest output, in tokens (default: 128)")
     parser.add_argument("--shared-prefix", type=int, default=0, metavar="TOKENS",
-                        help="instead: time to all first tokens, with this beginning shared and not (64 requests)")
+                        help="instead: time to all first tokens (of 64 requests, unless --requests), with and without "
+                        "sharing a prefix of this length")
     parser.add_argument("--layers", type=int, default=12, help="the model's layers (default: 12)")
     parser.add_argument("--width", type=int, default=768, help="the model's width, 64 for each head (default: 768)")
-    parser.add_argument("--no-compile", action="store_true", help="torch's own operations for decode attention")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true", help="decode attention in torch's own operations")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and requests (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -127,14 +131,15 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     if args.width % 64:
         raise ValueError(f"--width must be a multiple of 64, got {args.width}")
     model, threads = random_gpt2(args.layers, args.width, args.seed), torch.get_num_threads()
+    prepare_model(model, torch.device("cpu"), torch.float32)  # as in an engine: static batches run on it too
     if args.shared_prefix:
         return {"threads": threads, "shared_prefix": [_prefix_sharing(model, count, args) for count in counts]}
     largest = Workload.mixed(max(counts), args.max_prompt, args.max_output, args.seed)
     alone = _one_at_a_time(model, largest.sample(ALONE))
-    print(f"GPT-2, {args.layers} layers of {args.width}, float32, {threads} threads; output tokens/s, "
-          "more is better.\n"
-          '"of floor": 1 would be the time of the steps\' matrix products and of one reading of the KV, nothing else.\n'
-          "Static: batches padded to the longest, of as many requests as fit the paged run's most KV memory.\n"
+    print(f"GPT-2, {args.layers} layers of {args.width}, float32, {threads} threads; output tokens/s, higher is "
+          "better.\n"
+          '"of floor": at 1 a step takes the time of its matrix products and of reading its KV once, nothing else.\n'
+          "Static: batches padded to the longest, of as many requests as fit the paged run's largest KV memory.\n"
           "Static and one at a time are rates of a sample: of whole batches with half of the requests, "
           f"and of {ALONE} requests.")
     return {"threads": threads, "one_at_a_time": alone,
@@ -142,11 +147,11 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _engine(model: GPT2, work: Workload, compile: bool, seats: int | None = None, sharing: bool = True) -> LLM:
-    """An engine with room for every request at full length, its threads and memory warm."""
+    """An engine with room for every request at full length, its threads and memory warmed up."""
     blocks = sum(-(-(len(prompt) + length) // BLOCK_SIZE) for prompt, length in zip(work.prompts, work.output_lens))
     llm = LLM(model, device="cpu", block_size=BLOCK_SIZE, num_blocks=blocks, max_num_seqs=seats or len(work.prompts),
               max_num_batched_tokens=STEP_TOKENS, watermark=0.0, enable_prefix_caching=sharing, compile=compile)
-    llm.kv_cache.blocks.zero_()  # what was never written is not in memory yet: a server's pool soon is
+    llm.kv_cache.blocks.zero_()  # pages never written are not in memory yet, and a server's pool soon is
     llm.generate([[0]], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
     return llm
 
@@ -159,33 +164,28 @@ def _send(llm: LLM, work: Workload) -> None:
 def _one_at_a_time(model: GPT2, work: Workload) -> dict[str, float]:
     llm = _engine(model, work, compile=False, seats=1)
     _send(llm, work)
-    start, steps = time.perf_counter(), 0
-    while llm.has_unfinished_requests():
-        llm.step()
+    seconds, steps = 0.0, 0
+    for step_seconds, _ in timed_steps(llm):
+        seconds += step_seconds
         steps += 1
         show_progress(f"one request at a time: {steps} of {work.output_tokens} steps")
-    seconds = time.perf_counter() - start
     return {"requests": len(work.prompts), "steps": steps, "seconds": seconds,
             "tokens_per_s": work.output_tokens / seconds}
 
 
 def _paged(model: GPT2, work: Workload, compile: bool) -> dict[str, float]:
-    """The engine's run, each step followed by its floor, so that both see the same moods of the machine."""
+    """The engine's run, each step followed by its floor, so that both see the same noise."""
     llm = _engine(model, work, compile)
-    floor, seen = Floor(llm.model), []
-    hook = llm.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    floor = Floor(llm.model)
     _send(llm, work)
     seconds = floor_seconds = 0.0
     steps = peak_blocks = 0
-    while llm.has_unfinished_requests():
-        start = time.perf_counter()
-        llm.step()
-        seconds += time.perf_counter() - start
-        floor_seconds += floor.seconds(seen.pop(), steps)
+    for step_seconds, size in timed_steps(llm):
+        seconds += step_seconds
+        floor_seconds += floor.seconds(size, steps)
         steps += 1
         peak_blocks = max(peak_blocks, llm.stats().referenced_blocks)
         show_progress(f"paged, {len(work.prompts)} requests, and its floor: {steps} steps")
-    hook.remove()
     return {"steps": steps, "seconds": seconds, "floor_seconds": floor_seconds,
             "tokens_per_s": work.output_tokens / seconds, "floor_tokens_per_s": work.output_tokens / floor_seconds,
             "share_of_floor": floor_seconds / seconds, "read_gb_per_s": floor.bytes_per_s / 1e9,
@@ -193,9 +193,9 @@ def _paged(model: GPT2, work: Workload, compile: bool) -> dict[str, float]:
 
 
 def _static(model: GPT2, work: Workload, kv_tokens: int) -> dict[str, float]:
-    """In order of arrival, as few batches as `kv_tokens` have room for at the length of the longest, of equal size.
+    """In order of arrival, in as few batches of equal size as `kv_tokens` allow, each request at the longest length.
 
-    Whole batches are run, until half of the requests are done: being alike, they stand for the rest.
+    Whole batches run until half of the requests are done: the others are drawn in the same way.
     """
     count = len(work.prompts)
     room = max(1, kv_tokens // static_cache_tokens([max(work.prompts, key=len)], work.output_lens))
@@ -234,26 +234,27 @@ def _compare(model: GPT2, count: int, alone: dict[str, float], args: argparse.Na
 
 
 def _prefix_sharing(model: GPT2, count: int, args: argparse.Namespace) -> dict[str, float]:
-    """Time until every request has its first token, the same beginning shared and not."""
+    """Time until every request has its first token, with and without sharing their prefix."""
     work = Workload.mixed(count, args.max_prompt, args.max_output, args.seed, args.shared_prefix)
     work.output_lens = [1] * count
-    seconds, computed, rows = {}, {}, []
+    seconds, computed, rows = {True: 0.0, False: 0.0}, {True: 0, False: 0}, []
     for sharing in (True, False):
         llm = _engine(model, work, compile=False, sharing=sharing)
-        before = llm.stats().computed_tokens
         _send(llm, work)
-        start = time.perf_counter()
-        while llm.has_unfinished_requests():
-            llm.step()
-            show_progress(f"sharing {'on' if sharing else 'off'}: {llm.stats().output_tokens} of {count} first tokens")
-        seconds[sharing], computed[sharing] = time.perf_counter() - start, llm.stats().computed_tokens - before
+        done = 0
+        for step_seconds, size in timed_steps(llm):
+            seconds[sharing] += step_seconds
+            computed[sharing] += size.tokens
+            done += size.sampled
+            show_progress(f"sharing {'on' if sharing else 'off'}: {done} of {count} first tokens")
         rows.append(["on" if sharing else "off", seconds[sharing], computed[sharing],
                      1000 * seconds[sharing] / computed[sharing]])
     show_progress("")
     predicted, measured = computed[False] / computed[True], seconds[False] / seconds[True]
-    print(f"{count} requests with the same first {args.shared_prefix} tokens, time to all first tokens: less is better")
+    print(f"{count} requests with a common prefix of {args.shared_prefix} tokens, time to all first tokens; lower is "
+          "better")
     print(table(["prefix sharing", "seconds", "tokens computed", "ms a token"], rows))
-    print(f"The tokens saved predict {predicted:.2f} times the speed, measured: {measured:.2f} times.", flush=True)
+    print(f"The saved tokens predict {predicted:.2f} times the speed; measured: {measured:.2f} times.", flush=True)
     return {"requests": count, "seconds_on": seconds[True], "seconds_off": seconds[False],
             "computed_on": computed[True], "computed_off": computed[False], "predicted": predicted,
             "measured": measured}

@@ -1,4 +1,4 @@
-"""Everything that docs/benchmarks.md says about a GPU, in one run of a few minutes: `kernel`, then `decode`."""
+"""How fast is it on a GPU? Runs `kernel`, then `decode`, which takes a few minutes together."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nanopaged.bench import decode, kernel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There is nothing to choose: each of the two commands has its own flags."""
+    """None: the two commands have flags of their own."""
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     if not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device: `kernel` and `decode` alone also run on a CPU")
+        raise ValueError("torch sees no CUDA device: run `kernel` and `decode` instead, which also work on a CPU")
     figures = {}
     for name, module in (("kernel", kernel), ("decode", decode)):
         print(f"\n{module.__doc__}")

@@ -1,4 +1,4 @@
-"""How close is paged attention to the speed of memory, and what does it cost that the blocks are scattered?
+"""How close is paged attention to the speed of memory, and what do scattered blocks cost?
 
 For each shape: the time of our attention over scattered blocks, of torch's `scaled_dot_product_attention`
 over the same K and V laid out contiguously, and of a plain copy that moves as many bytes. Decoding reads
@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from nanopaged import report
+from nanopaged.bench.inputs import uniform_batch
 from nanopaged.bench.timing import copy_bandwidth, copy_seconds, device_name, num_input_sets, seconds
 from nanopaged.paged_attention import INTERPRETED, TRITON
+from nanopaged.progress import show_progress
+from nanopaged.report import table
 from nanopaged.torch_attention import TORCH, AttentionBackend
 from nanopaged.validation import require_int
 
@@ -75,9 +77,7 @@ def measure(shape: Shape, block_size: int, attention: AttentionBackend, device: 
     dtype, rng = getattr(torch, shape.dtype), torch.Generator(device).manual_seed(0)
     blocks_each = -(-shape.context // block_size)
     num_blocks, scale = shape.requests * blocks_each, shape.head_dim**-0.5
-    starts = torch.arange(shape.requests + 1, dtype=torch.int32, device=device) * shape.queries
-    lengths = torch.full((shape.requests,), shape.context, dtype=torch.int32, device=device)
-    allowed = None  # a chunk at the end of a longer context is causal against its end, which is_causal is not
+    allowed = None  # the last part of a longer context: is_causal counts from the context's beginning, not its end
     if 1 < shape.queries < shape.context:
         allowed = causal_lower_right(shape.queries, shape.context)
 
@@ -92,8 +92,8 @@ def measure(shape: Shape, block_size: int, attention: AttentionBackend, device: 
         k, v = (cache[tables.long()].transpose(2, 3).flatten(1, 2)[:, : shape.context].transpose(1, 2).contiguous()
                 for cache in (k_cache, v_cache))  # (requests, kv_heads, context, head_dim)
         rows = q.view(shape.requests, shape.queries, shape.heads, shape.head_dim).transpose(1, 2).contiguous()
-        paged.append(lambda q=q, k=k_cache, v=v_cache, tables=tables: attention.paged_attention(
-            q, k, v, tables, starts, lengths, shape.queries, scale))
+        batch = uniform_batch(tables, shape.queries, shape.context)
+        paged.append(lambda q=q, k=k_cache, v=v_cache, batch=batch: attention.paged_attention(q, k, v, batch, scale))
         contiguous.append(lambda q=rows, k=k, v=v: F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, is_causal=allowed is None and shape.queries > 1,
             enable_gqa=shape.heads != shape.kv_heads))
@@ -107,7 +107,7 @@ def measure(shape: Shape, block_size: int, attention: AttentionBackend, device: 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--block-size", type=int, default=16, help="tokens in a block; 16 unless told")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens in a block (default: %(default)s)")
     parser.add_argument("--shape", action="append", metavar="REQUESTS,QUERIES,CONTEXT,HEADS,KV_HEADS,HEAD_DIM,DTYPE",
                         help="a batch to measure, such as 8,1,1024,12,12,64,float16; may be repeated")
 
@@ -120,23 +120,24 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     bandwidth = copy_bandwidth(device)
     print(f"On {device_name(device)}; a large copy moves {bandwidth / 1e9:,.0f} GB/s, read and written.")
     if attention is TORCH:
-        print("There is no CUDA device: ours is the torch path, which gathers each context; the kernels need a GPU.")
+        print("There is no CUDA device: paged is the torch path, which gathers each context; the kernels need a GPU.")
     timings = []
     for i, shape in enumerate(shapes):
-        report.show_progress(f"{i} of {len(shapes)} shapes")
+        show_progress(f"{i} of {len(shapes)} shapes")
         try:
             timings.append(measure(shape, args.block_size, attention, device, bandwidth))
-        except RuntimeError as error:  # no memory, say: time on a GPU is too dear to lose the other shapes for it
+        except RuntimeError as error:  # out of memory, say: time on a GPU is too expensive to lose the other shapes
             print(f"Not measured: {shape}: {error}")
-    report.show_progress("")
-    print(report.table(
+    show_progress("")
+    print(table(
         ["requests", "queries", "context", "heads", "kv heads", "head dim", "dtype", "paged us", "contiguous us",
          "paged / contiguous", "copy us", "share of copy bandwidth"],
         [[*asdict(t.shape).values(), t.paged_s * 1e6, t.contiguous_s * 1e6, t.paged_s / t.contiguous_s, t.copy_s * 1e6,
           f"{t.share:.0%}" if t.shape.queries == 1 else None] for t in timings]))
-    print("\npaged / contiguous: 1 if scattering the blocks cost nothing; lower is better. The paper's kernel took 1.20"
-          "\nto 1.26 (section 7.1). copy: a plain copy moving the same bytes. share: K's and V's bytes by paged's time,"
-          "\nof a large copy's bandwidth; 100% is the floor. Prompts are bound by arithmetic, and have no share.")
+    print("\npaged / contiguous: 1 if scattered blocks cost nothing; lower is better. The paper's kernel took 1.20 to"
+          "\n1.26 (section 7.1). copy: a plain copy that moves the same bytes. share: the bytes of K and V, divided by"
+          "\npaged's time, as a share of a large copy's bandwidth; 100% is the floor. Prompts are bound by arithmetic,"
+          "\nand have no share.")
     return {"device": device_name(device), "copy_bytes_per_s": bandwidth, "timings": [asdict(t) for t in timings]}
 
 
@@ -144,7 +145,8 @@ def parse_shape(text: str) -> Shape:
     *numbers, dtype = text.split(",")
     if len(numbers) != 6 or not all(n.isdecimal() and int(n) for n in numbers) or dtype not in ("float32", "float16",
                                                                                                "bfloat16"):
-        raise ValueError(f"--shape takes six positive numbers and a dtype, such as 8,1,1024,12,12,64,float16, got {text!r}")
+        raise ValueError("--shape takes six positive numbers and a dtype, such as 8,1,1024,12,12,64,float16, got "
+                         f"{text!r}")
     shape = Shape(*map(int, numbers), dtype)
     if shape.queries > shape.context or shape.heads % shape.kv_heads:
         raise ValueError(f"--shape needs queries <= context and kv heads that divide the heads, got {text!r}")

@@ -1,15 +1,15 @@
 """Does the scheduler's cost for each token grow with the queue, with the pool, or with what is cached?
 
-Three experiments, each with one size over a range of 100 times and all else equal. 64 requests run:
+Three experiments; in each, one size grows by 100 times and all else stays equal. 64 requests run:
 
-    waiting   requests in the queue, whose head is asked about and refused in every step
-    blocks    in the pool, its free blocks in random order
-    cached    prefixes that can be found; every new request begins with one of them, and evicts others
+    waiting   requests in the queue; in every step the policy is asked about the first, and refuses it
+    blocks    in the pool, with its free blocks in random order
+    cached    prefixes in the pool; every new request begins with one of them, and evicts others
 
-The time is that of `schedule`, `sampled`, `update`, and of `add` where requests come and go; the model takes none.
-Sizes take turns, round after round, so that a slow moment of the machine does not meet one of them alone,
-and the median counts. Python's garbage collector rests meanwhile: it walks all objects of the process.
-The slope is that of log cost over log size: 0 does not grow at all, 1 grows in proportion.
+Timed are `schedule` and `update`, and `add` where requests come and go; there is no model. The sizes take
+turns, round after round, so that noise does not fall on one of them alone, and the median of the rounds
+is shown. Python's garbage collector is off meanwhile: its time grows with all objects of the process.
+The slope is that of log cost over log size: at 0 the cost does not grow, at 1 it grows in proportion.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 
-from nanopaged.pressure.admission import reserve, watermark
 from nanopaged.block_allocator import BlockAllocator
-from nanopaged.report import show_progress, table
+from nanopaged.pressure.admission import reserve
+from nanopaged.pressure.storm import StormWatch
+from nanopaged.progress import show_progress
+from nanopaged.report import table
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
 from nanopaged.scheduler import Scheduler
+from nanopaged.step import Step
 from nanopaged.validation import require_int
+from nanopaged.waiting import watermark
 
 RUNNING = 64
 BLOCK_SIZE = 16
-PROMPT, OUTPUT = 2 * BLOCK_SIZE, 192  # tokens of a request that runs all the time: 14 blocks
+PROMPT, OUTPUT = 2 * BLOCK_SIZE, 192  # tokens of a request that runs in all timed steps: 14 blocks
 SIZES = {"waiting": 100, "blocks": 1000, "cached": 100}  # the smallest; the largest is 100 times that
 FACTORS = (1, 3, 10, 30, 100)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="measurements of each size (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=150, help="in each of them (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="in each measurement (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of block order and prompts (default: %(default)s)")
 
 
@@ -72,7 +76,7 @@ def slope(sizes: list[int], costs: list[float]) -> float:
 
 
 def seconds_per_token(scheduler: Scheduler, arrivals: Iterator[Request], num_steps: int) -> float:
-    """Of so many steps; as many requests arrive as have finished in the step before."""
+    """The mean over `num_steps` steps; for each request that has finished, another arrives."""
     gc.collect()
     gc.disable()
     try:
@@ -80,7 +84,7 @@ def seconds_per_token(scheduler: Scheduler, arrivals: Iterator[Request], num_ste
         for _ in range(num_steps):
             finished = scheduler.stats.num_finished
             step = scheduler.schedule()
-            scheduler.update(step, [0] * len(step.sampled()))
+            scheduler.update(step, tokens_for(step))
             for _ in range(scheduler.stats.num_finished - finished):
                 scheduler.add(next(arrivals))
         return (time.perf_counter() - start) / (scheduler.stats.computed_tokens - computed)
@@ -88,13 +92,18 @@ def seconds_per_token(scheduler: Scheduler, arrivals: Iterator[Request], num_ste
         gc.enable()
 
 
+def tokens_for(step: Step) -> dict[Request, int]:
+    """What a model would have answered."""
+    return {request: 0 for _, request in step.sampled}
+
+
 Prepared = tuple[Scheduler, Iterator[Request]]
 
 
 def behind_a_queue(num_waiting: int, seed: int) -> Prepared:
-    """The pool is promised to those who run, to the last block."""
+    """All blocks are reserved for the running requests, so that none of the others is admitted."""
     full = -(-(PROMPT + OUTPUT - 1) // BLOCK_SIZE)
-    scheduler = Scheduler(BlockAllocator(RUNNING * full, BLOCK_SIZE), 2 * RUNNING, 4096, 4096, reserve)
+    scheduler = watched(Scheduler(BlockAllocator(RUNNING * full, BLOCK_SIZE), 2 * RUNNING, 4096, 4096, reserve))
     return with_running(scheduler, num_waiting), iter(())
 
 
@@ -103,7 +112,7 @@ def in_a_large_pool(num_blocks: int, seed: int) -> Prepared:
     blocks = [allocator.take() for _ in range(num_blocks)]
     random.Random(seed).shuffle(blocks)
     allocator.give_back_all(blocks)
-    return with_running(Scheduler(allocator, RUNNING, 4096, 4096), 0), iter(())
+    return with_running(watched(Scheduler(allocator, RUNNING, 4096, 4096)), 0), iter(())
 
 
 def among_cached_prefixes(num_prefixes: int, seed: int) -> Prepared:
@@ -116,7 +125,7 @@ def among_cached_prefixes(num_prefixes: int, seed: int) -> Prepared:
         allocator.publish(first, None, [i] * BLOCK_SIZE)
         allocator.publish(second, first, [i] * BLOCK_SIZE)
         allocator.give_back_all([first, second])
-    scheduler, rng = Scheduler(allocator, RUNNING, 4096, 4096, watermark(0.0)), random.Random(seed)
+    scheduler, rng = watched(Scheduler(allocator, RUNNING, 4096, 4096, watermark(0.0))), random.Random(seed)
     requests = (make_request(f"sharing {i}", rng.randrange(num_prefixes), 1 + i % BLOCK_SIZE, BLOCK_SIZE)
                 for i in range(1 << 60))
     for _ in range(RUNNING):
@@ -124,12 +133,18 @@ def among_cached_prefixes(num_prefixes: int, seed: int) -> Prepared:
     return scheduler, requests
 
 
+def watched(scheduler: Scheduler) -> Scheduler:
+    """With the listener that an engine attaches."""
+    scheduler.listeners.append(StormWatch(scheduler.allocator.num_blocks))
+    return scheduler
+
+
 def with_running(scheduler: Scheduler, num_waiting: int) -> Scheduler:
-    """After the first step, in which the prompts of those who run are computed."""
+    """After the first step, which computes the prompts of the running requests."""
     for i in range(RUNNING + num_waiting):
         scheduler.add(make_request(str(i), i, 0, OUTPUT))
     step = scheduler.schedule()
-    scheduler.update(step, [0] * len(step.sampled()))
+    scheduler.update(step, tokens_for(step))
     return scheduler
 
 

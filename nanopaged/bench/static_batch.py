@@ -1,8 +1,8 @@
 """The baseline: how are batches served without paging?
 
 Requests are gathered into a batch, each padded on the left to the longest prompt, each with a contiguous
-cache of the longest prompt and the longest output. The batch runs until its longest request has ended;
-who has ended earlier is computed all the same. The model's layers are those of the paged engine.
+cache for the longest prompt and the longest output. The batch runs until its longest request has ended;
+requests that have ended earlier are computed all the same. The layers are those of the given model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from nanopaged.gpt2 import GPT2, project
+from nanopaged.gpt2 import GPT2
 
 
 def static_cache_tokens(prompts: Sequence[list[int]], output_lens: Sequence[int]) -> int:
@@ -35,9 +35,9 @@ def generate_static(model: GPT2, prompts: Sequence[list[int]], output_lens: Sequ
     Args:
         output_lens: tokens to generate for each prompt.
         cache: of `static_cache`; written in place.
-        prefill_rows: tokens, with padding, that are computed at once while prompts are read (whole
-            prompts, at least one), so that the baseline's intermediate results stay as small as a step's.
-        after_step: called with the output tokens, of all requests, that are done.
+        prefill_rows: tokens, with padding, of the prompts that are computed together (whole prompts, at
+            least one), so that the baseline's intermediate results are no larger than those of a paged step.
+        after_step: called with the number of output tokens, of all requests, that are done.
 
     Returns the output tokens of each.
     """
@@ -46,23 +46,26 @@ def generate_static(model: GPT2, prompts: Sequence[list[int]], output_lens: Sequ
     token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # (B, width)
 
     def forward(rows: slice, token_ids: torch.Tensor, start: int) -> torch.Tensor:
-        """The likeliest token after columns start, ..., start + T - 1 of some rows: (b, T) -> (b,)."""
+        """The most likely token after columns start, ..., start + T - 1 of some rows: (b, T) -> (b,)."""
         num_rows, num_columns = token_ids.shape
         end = start + num_columns
         columns = torch.arange(end, device=device)
         seen = columns >= padding[rows, None, None, None]  # (b, 1, 1, end)
         if num_columns > 1:
             seen = (seen & (columns <= columns[start:, None])) | (columns == columns[start:, None])  # (b, 1, T, end)
-        positions = (columns[start:] - padding[rows, None]).clamp(min=0)  # (b, T)
-        x = (model.wte(token_ids) + model.wpe(positions)).flatten(0, 1)  # (b * T, n_embd)
-        for block, (k_cache, v_cache) in zip(model.h, cache[:, :, rows]):
-            q, k, v = (heads.unflatten(0, (num_rows, -1)).transpose(1, 2) for heads in block.attn.qkv(block.ln_1(x)))
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            q, k, v = (heads.unflatten(0, (num_rows, -1)).transpose(1, 2) for heads in (q, k, v))
             k_cache[:, :, start:end], v_cache[:, :, start:end] = k, v  # (b, heads, T, head_dim)
             y = F.scaled_dot_product_attention(q, k_cache[:, :, :end], v_cache[:, :, :end], seen, enable_gqa=True)
-            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2).flatten(0, 1))  # (b * T, n_embd)
-            x = x + block.mlp(block.ln_2(x))
+            return y.transpose(1, 2).flatten(0, 1)  # (b * T, n_head, head_dim)
+
+        positions = (columns[start:] - padding[rows, None]).clamp(min=0)  # (b, T)
+        x = (model.wte(token_ids) + model.wpe(positions)).flatten(0, 1)  # (b * T, n_embd)
+        for block, (k_cache, v_cache) in zip(model.h, cache[:, :, rows]):  # `attend` sees this layer's cache
+            x = block(x, attend)
         last = x.unflatten(0, (num_rows, -1))[:, -1]  # (b, n_embd)
-        return project(model.ln_f(last), model.wte.weight).argmax(dim=-1)
+        return model.head(model.ln_f(last)).argmax(dim=-1)
 
     at_once = max(1, prefill_rows // width)
     groups = [slice(i, min(i + at_once, batch)) for i in range(0, batch, at_once)]

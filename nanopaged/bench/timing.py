@@ -1,14 +1,18 @@
-"""How long does it take? The device's own time, without Python's, and with data that no cache holds."""
+"""How long does it take? Operations by the device's own time, on data that no cache holds; and an engine's steps."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
-CACHE_BYTES = 256 * 2**20  # more than any GPU's L2 cache: inputs in turn, as many as this, come from memory
+from nanopaged import LLM
+from nanopaged.step import Listener, Step
+
+CACHE_BYTES = 256 * 2**20  # larger than any GPU's L2 cache: input sets of this size in all are read from memory
 
 
 def device_name(device: torch.device) -> str:
@@ -16,15 +20,15 @@ def device_name(device: torch.device) -> str:
 
 
 def num_input_sets(num_bytes: int) -> int:
-    """How many inputs of this size to take in turn, so that each has left the cache when it comes again."""
+    """How many inputs of this size to use in turn, so that none is still in the cache when its turn comes again."""
     return max(2, -(-CACHE_BYTES // num_bytes))
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 9) -> float:
-    """The median time of one call; the calls do the same on different data, and follow each other.
+    """The median time of one call; the calls do the same on different data, one after the other.
 
-    On a GPU they are recorded in one CUDA graph and timed by CUDA events: Python launches slower than
-    many of them run, and an engine replays graphs too.
+    On a GPU they are recorded in one CUDA graph and timed by CUDA events: Python launches many kernels
+    more slowly than they run, and an engine replays graphs too.
     """
     for call in calls[:2]:  # compiles, and wakes the device
         call()
@@ -62,6 +66,36 @@ def copy_seconds(num_bytes: int, device: torch.device) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a copy so large that nothing but memory counts."""
+    """Bytes per second, read and written, of a copy so large that only memory bandwidth matters."""
     num_bytes = 2**31 if device.type == "cuda" else 2**28
     return num_bytes / copy_seconds(num_bytes, device)
+
+
+class StepSize(NamedTuple):
+    """How much a step of the engine computed."""
+
+    tokens: int
+    sampled: int  # rows of logits
+    context: int  # tokens whose K and V each layer reads; a shared block counts for each of its holders
+
+
+class _Sizes(Listener):
+    def __init__(self) -> None:
+        self.steps: list[StepSize] = []
+
+    def stepped(self, step: Step) -> None:
+        self.steps.append(StepSize(step.computed_tokens, len(step.sampled), sum(step.starts) + step.computed_tokens))
+
+
+def timed_steps(llm: LLM) -> Iterator[tuple[float, StepSize]]:
+    """Runs all requests that were added; yields (seconds, size) after each step."""
+    sizes = _Sizes()
+    llm.scheduler.listeners.append(sizes)
+    try:
+        while llm.has_unfinished_requests():
+            start = time.perf_counter()
+            llm.step()  # ends with the tokens on the host, so it waits for the device
+            elapsed = time.perf_counter() - start
+            yield elapsed, sizes.steps.pop()
+    finally:
+        llm.scheduler.listeners.remove(sizes)

@@ -28,14 +28,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial, wraps
-from importlib.util import find_spec
 
-if __name__ == "__main__":
-    folder = find_spec("nanopaged.pressure")
-    if folder is None or folder.origin is None:  # no origin: an empty folder was left
-        sys.stderr.write("python -m nanopaged.simulate: error: this needs the folder nanopaged/pressure/, which is not "
-                         "there: restore it\n")
-        sys.exit(2)
+from nanopaged.validation import has_folder
+
+if __name__ == "__main__" and not has_folder("pressure"):  # before it is imported
+    sys.stderr.write("python -m nanopaged.simulate: error: this needs the folder nanopaged/pressure/, which is missing\n")
+    sys.exit(2)
 
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.pressure.admission import by_name as admission_by_name

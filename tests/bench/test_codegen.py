@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, checked on any machine: no GPU is needed to compile for one."""
+"""The kernels' machine code, checked on any machine: no GPU is needed to compile for one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ pytest.importorskip("triton", reason="there is no Triton on this system")
 from nanopaged.bench.codegen import DTYPES, TARGETS  # noqa: E402, it imports Triton
 from nanopaged.paged_attention import PROGRAMS_PER_MULTIPROCESSOR  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 KERNELS = ["write_kv", "prompt", "decode", "decode, split", "merge"]
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # of a multiprocessor, for programs
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def compile_for(arguments: list[str], file: Path) -> list[dict]:
-    subprocess.run([sys.executable, "-m", "nanopaged.bench", "compile", *arguments, "--json", str(file)],
-                   env=COMPILING, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "nanopaged.bench", "codegen", *arguments, "--json", str(file)],
+                   env=COMPILING, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     return json.loads(file.read_text())["figures"]["kernels"]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], dict]:
-    """(target, dtype, kernel) -> figures. In processes of their own: this one defined the kernels for the interpreter."""
+    """(target, dtype, kernel) -> figures. In other processes: here the kernels are defined for the interpreter."""
     folder = tmp_path_factory.mktemp("compiled")
-
     with ThreadPoolExecutor(2) as pool:
         by_target = pool.map(lambda target: compile_for(["--target", target], folder / target), TARGETS)
         kernels = [kernel for found in by_target for kernel in found]
@@ -45,7 +45,7 @@ def test_no_kernel_spills_registers(compiled: dict) -> None:
     assert {key: kernel["spills_bytes"] for key, kernel in compiled.items() if kernel["spills_bytes"]} == {}
 
 
-def test_as_many_programs_fit_a_multiprocessor_as_the_split_rule_counts_on(compiled: dict) -> None:
+def test_as_many_programs_fit_a_multiprocessor_as_the_split_rule_assumes(compiled: dict) -> None:
     for (target, dtype, name), kernel in compiled.items():
         decodes = PROGRAMS_PER_MULTIPROCESSOR if dtype != "float32" else PROGRAMS_PER_MULTIPROCESSOR - 1
         wanted = {"decode": decodes, "decode, split": decodes, "prompt": 2}
@@ -64,19 +64,20 @@ def test_keys_and_values_are_loaded_16_bytes_at_a_time(compiled: dict) -> None:
 
 
 @pytest.mark.parametrize("shape", [["--head-dim=128", "--kv-heads=3"], ["--head-dim=256"], ["--head-dim=32"]])
-def test_other_models_kernels_do_not_spill_either(shape: list[str], tmp_path: Path) -> None:
+def test_kernels_for_models_of_other_shapes_do_not_spill_either(shape: list[str], tmp_path: Path) -> None:
     for kernel in compile_for(["--target=sm_90", "--dtype=float16", "--dtype=float32", *shape], tmp_path / "figures"):
         assert kernel["spills_bytes"] == 0, kernel
         assert kernel["wide_loads"] > 0 or kernel["kernel"] == "write_kv", kernel
 
 
-def test_prompts_of_half_floats_run_on_tensor_cores(compiled: dict) -> None:
+def test_prompts_in_half_precision_run_on_tensor_cores(compiled: dict) -> None:
     for target in TARGETS:
         for dtype in ("float16", "bfloat16"):
             assert compiled[target, dtype, "prompt"]["tensor_core"] > 0, (target, dtype)
 
 
 VARIED_RUN = """
+from types import SimpleNamespace
 import torch
 from nanopaged.bench.codegen import instead_of_launching
 from nanopaged.paged_attention import paged_attention_triton, write_kv_triton
@@ -100,14 +101,16 @@ with instead_of_launching("sm_90") as launches:
                         starts = int32([0, *torch.tensor(query_lens).cumsum(0).tolist()], shift)
                         tables = int32([0] * (len(query_lens) * width), shift).view(-1, width)
                         lengths = int32([max(1, n) for n in query_lens], shift)
-                        paged_attention_triton(q, k_cache, v_cache, tables, starts, lengths, max(query_lens), 0.125)
+                        batch = SimpleNamespace(block_tables=tables, query_start=starts, seq_lens=lengths, plan=None,
+                                                num_decodes=query_lens.count(1) if query_lens[0] == 1 else 0)
+                        paged_attention_triton(q, k_cache, v_cache, batch, 0.125)
 print(len(launches), sorted(name for name, _ in dict.fromkeys(launches)))
 """
 
 
-def test_nothing_is_compiled_again_as_batch_lengths_and_pool_change() -> None:
+def test_nothing_is_compiled_again_when_batch_lengths_or_pool_change() -> None:
     run = subprocess.run([sys.executable, "-c", VARIED_RUN], env=COMPILING, capture_output=True, text=True, check=True,
-                         cwd=Path(__file__).parent.parent)
+                         cwd=ROOT)
     launches, kernels = run.stdout.split(maxsplit=1)
     assert int(launches) > 1000
     assert kernels == "['_decode_kernel', '_decode_kernel', '_merge_kernel', '_prompt_kernel', '_write_kv_kernel']\n"

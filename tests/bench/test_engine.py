@@ -1,4 +1,4 @@
-"""`python -m nanopaged.bench engine`: its baseline, its floor, and what it prints and keeps."""
+"""`python -m nanopaged.bench engine`: its workload, its floor, and what it prints and writes."""
 
 from __future__ import annotations
 
@@ -7,36 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.oracle import continue_densely, tiny_model
 
-from nanopaged import SamplingParams
+from nanopaged import LLM
+from nanopaged.bench import engine as engine_bench
 from nanopaged.bench.__main__ import main
 from nanopaged.bench.engine import Workload
-from nanopaged.bench.static_batch import generate_static, static_cache, static_cache_tokens
-from nanopaged.gpt2 import GPT2Config
+from nanopaged.gpt2 import GPT2, GPT2Config
 
 TINY = ["engine", "--layers", "1", "--width", "64", "--max-prompt", "24", "--max-output", "8", "--no-compile"]
 
 
-@pytest.mark.parametrize("prefill_rows", [1, 26, 1000])
-@pytest.mark.parametrize("n_kv_head", [2, 1])
-def test_a_static_batch_gives_each_request_the_tokens_of_the_dense_model(prefill_rows: int, n_kv_head: int) -> None:
-    model = tiny_model(GPT2Config(vocab_size=61, n_positions=96, n_embd=32, n_layer=2, n_head=2, n_kv_head=n_kv_head))
-    prompts = [[1], [7, 3, 9, 60, 2], list(range(13)), [5, 5, 5]]
-    output_lens = [9, 1, 20, 4]
-    outputs = generate_static(model, prompts, output_lens, static_cache(model, prompts, output_lens), prefill_rows)
-    assert outputs == [continue_densely(model, prompt, SamplingParams(temperature=0.0, max_tokens=length))
-                       for prompt, length in zip(prompts, output_lens)]
-
-
-def test_a_static_batch_takes_memory_for_each_request_at_the_longest() -> None:
-    prompts, output_lens = [[1] * 3, [1] * 10], [7, 2]
-    assert static_cache_tokens(prompts, output_lens) == 2 * (10 + 7 - 1)
-    model = tiny_model(GPT2Config(vocab_size=61, n_positions=96, n_embd=32, n_layer=2, n_head=2, n_kv_head=1))
-    assert static_cache(model, prompts, output_lens).shape == (2, 2, 2, 1, 16, 16)
-
-
-def test_the_workload_is_the_same_for_the_same_seed_and_within_its_bounds() -> None:
+def test_a_workload_depends_on_its_seed_alone_and_keeps_its_bounds() -> None:
     work = Workload.mixed(50, 256, 128, seed=1, prefix_len=4)
     assert work == Workload.mixed(50, 256, 128, seed=1, prefix_len=4)
     assert work != Workload.mixed(50, 256, 128, seed=2, prefix_len=4)
@@ -44,7 +25,7 @@ def test_the_workload_is_the_same_for_the_same_seed_and_within_its_bounds() -> N
     assert all(16 <= length <= 128 for length in work.output_lens)
 
 
-def test_a_sample_of_the_workload_is_spread_over_its_lengths() -> None:
+def test_a_sample_of_a_workload_is_spread_over_its_lengths() -> None:
     work = Workload([[0] * n for n in range(1, 9)], [1] * 8)
     assert sorted(len(prompt) for prompt in work.sample(4).prompts) == [2, 4, 6, 8]
     assert len(work.sample(20).prompts) == 8
@@ -71,7 +52,27 @@ def test_the_command_compares_the_engine_with_its_floor_and_the_baselines(
         assert word in printed
 
 
-def test_the_floor_is_made_of_the_matrix_products_of_the_very_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_static_batches_run_on_the_same_modules_as_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    models: dict[str, GPT2] = {}
+    generate_static, step = engine_bench.generate_static, LLM.step
+
+    def static(model: GPT2, *rest: object) -> list[list[int]]:
+        models["static"] = model
+        return generate_static(model, *rest)
+
+    def paged(llm: LLM) -> list[object]:
+        models["paged"] = llm.model
+        return step(llm)
+
+    monkeypatch.setattr(engine_bench, "generate_static", static)
+    monkeypatch.setattr(LLM, "step", paged)
+    assert main([*TINY, "--requests", "2"]) == 0
+    static_modules, paged_modules = (list(map(type, model.modules())) for model in (models["static"], models["paged"]))
+    assert static_modules == paged_modules
+    assert models["static"].head.__func__.__code__ is models["paged"].head.__func__.__code__
+
+
+def test_the_floor_is_made_of_the_matrix_products_of_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     products: list[tuple[int, int]] = []
 
     def project(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -81,7 +82,7 @@ def test_the_floor_is_made_of_the_matrix_products_of_the_very_step(monkeypatch: 
     assert main([*TINY, "--requests", "1"]) == 0
     work = Workload.mixed(1, 24, 8, seed=0)
     decodes = work.output_lens[0] - 1
-    prompt = -(-len(work.prompts[0]) // 8) * 8  # as it is padded, which is not timed
+    prompt = -(-len(work.prompts[0]) // 8) * 8  # padded, which is not timed
     steps = [prompt] + [1] * (1 + decodes // 2)  # of the decodes the first, and then every other one
     assert products == [product for rows in steps
                         for product in ((rows, 192), (rows, 64), (rows, 256), (rows, 64), (1, GPT2Config.vocab_size))]

@@ -1,61 +1,36 @@
-"""The measuring commands: one frame for all, and what the scheduler's own measurement promises."""
+"""`python -m nanopaged.bench scheduler`: each experiment measures what its name says, and no torch is needed."""
 
 from __future__ import annotations
 
 import json
-import random
-from argparse import Namespace
-from itertools import count
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from nanopaged.bench import __main__ as bench
-from nanopaged.bench import cost as cost_bench
 from nanopaged.bench import scheduler as scheduler_bench
-from nanopaged.report import table
+from nanopaged.bench.__main__ import main
 
-
-def run(*arguments: str) -> int:
-    try:
-        return bench.main(arguments)
-    except SystemExit as end:
-        return int(end.code)
-
-
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_bench, "FACTORS", (1, 3))
-
-
-@pytest.mark.parametrize("arguments", [[], ["no such command"], ["scheduler", "--no-such-flag"],
-                                       ["scheduler", "--rounds", "x"]])
-def test_what_is_no_command_and_no_flag_ends_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
-    assert run(*arguments) == 2
-    assert "usage: python -m nanopaged.bench" in capsys.readouterr().err
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("arguments, message", [(["--rounds", "0"], "rounds must be at least 1"),
                                                 (["--steps", "500"], "steps must be from 1 to 184"),
                                                 (["--json", "no/such/folder/file"], "no/such/folder/file")])
 def test_bad_values_get_one_line_and_status_2(arguments: list[str], message: str,
-                                              capsys: pytest.CaptureFixture) -> None:
-    assert run("scheduler", *arguments) == 2
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scheduler", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("python -m nanopaged.bench scheduler: error: ") and message in error
     assert error.count("\n") == 1
 
 
-def test_every_command_has_a_module_of_its_name() -> None:
-    rooms = {path.stem for path in Path(bench.__file__).parent.glob("*.py")}
-    assert set(bench.COMMANDS) <= rooms
-
-
-def test_the_scheduler_is_measured_and_its_slopes_are_shown_and_kept(tiny: None, tmp_path: Path,
-                                                                      capsys: pytest.CaptureFixture) -> None:
+def test_costs_and_slopes_are_printed_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(scheduler_bench, "FACTORS", (1, 3))
     path = tmp_path / "figures.json"
-    assert run("scheduler", "--rounds", "1", "--steps", "10", "--json", str(path)) == 0
+    assert main(["scheduler", "--rounds", "1", "--steps", "10", "--json", str(path)]) == 0
     printed, figures = capsys.readouterr().out, json.loads(path.read_text())["figures"]
     assert list(figures) == ["waiting", "blocks", "cached"]
     for name, smallest in (("waiting", 100), ("blocks", 1000), ("cached", 100)):
@@ -65,6 +40,14 @@ def test_the_scheduler_is_measured_and_its_slopes_are_shown_and_kept(tiny: None,
     assert printed.count("\n| ") == 4 and "0: the cost does not grow" in printed
 
 
+def test_it_runs_without_torch() -> None:
+    code = ("import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
+            "from nanopaged.bench.__main__ import main\n"
+            "sys.exit(main(['scheduler', '--rounds', '1', '--steps', '1']))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_slope_is_the_power_with_which_the_cost_grows() -> None:
     sizes = [100, 1000, 10000]
     assert scheduler_bench.slope(sizes, [3e-6] * 3) == pytest.approx(0)
@@ -72,32 +55,16 @@ def test_a_slope_is_the_power_with_which_the_cost_grows() -> None:
     assert scheduler_bench.slope(sizes, [2.0, 2.0 * 10**0.5, 20.0]) == pytest.approx(0.5)
 
 
-def test_the_cost_of_a_step_is_recovered_from_steps_of_a_known_cost(monkeypatch: pytest.MonkeyPatch,
-                                                                      capsys: pytest.CaptureFixture) -> None:
-    """In every second round the machine is busy with something else."""
-    rounds = count()
-
-    def timed_steps(llm: object, rng: random.Random, batch_size: int) -> list[tuple[float, int, int, float]]:
-        busy = 1 + next(rounds) // len(cost_bench.BATCH_SIZES) % 2
-        sizes = [(rng.randint(1, 500), rng.randint(500, 9000)) for _ in range(9)]
-        return [(1.0, n, context, busy * (0.05 + 0.004 * n + 3e-5 * context)) for n, context in sizes]
-
-    monkeypatch.setattr(cost_bench, "timed_steps", timed_steps)
-    monkeypatch.setattr(cost_bench, "LLM", lambda *args, **options: SimpleNamespace(device="cpu"))
-    figures = cost_bench.run(Namespace(layers=1, device="cpu", rounds=4, seed=0))
-    assert [figures["fixed_s"], figures["per_token_s"], figures["per_kv_token_s"]] == pytest.approx([0.05, 0.004, 3e-5])
-    assert figures["median_relative_error"] < 1e-6 and "50,000" in capsys.readouterr().out
-
-
-def test_the_queue_waits_throughout_and_its_head_is_refused() -> None:
+def test_the_queue_waits_throughout_and_its_head_is_refused_in_every_step() -> None:
     scheduler, arrivals = scheduler_bench.behind_a_queue(50, 0)
     asked = []
-    admission, scheduler.admission = scheduler.admission, lambda now: asked.append(admission(now)) or asked[-1]
+    admission = scheduler.admission
+    scheduler.admission = lambda context: asked.append(admission(context)) or asked[-1]
     scheduler_bench.seconds_per_token(scheduler, arrivals, 20)
     assert asked == [False] * 20 and len(scheduler.waiting) == 50 and len(scheduler.running) == scheduler_bench.RUNNING
 
 
-def test_the_pool_is_as_large_as_it_says_and_its_blocks_are_scattered() -> None:
+def test_the_pool_has_the_given_size_and_its_free_blocks_are_scattered() -> None:
     scheduler, arrivals = scheduler_bench.in_a_large_pool(1000, 0)
     scheduler_bench.seconds_per_token(scheduler, arrivals, 20)
     table = scheduler.running[0].block_table
@@ -114,11 +81,3 @@ def test_requests_find_cached_prefixes_and_evict_others() -> None:
     assert stats.evicted_blocks > 100 and stats.cached_blocks > 300
     assert scheduler.stats.num_finished > 300 and len(scheduler.running) == scheduler_bench.RUNNING
     scheduler.check_invariants()
-
-
-def test_a_table_aligns_words_to_the_left_and_figures_to_the_right() -> None:
-    assert table(["name", "n"], [["a", 1234], ["long", None]]) == (
-        "| name |     n |\n"
-        "|------|------:|\n"
-        "| a    | 1,234 |\n"
-        "| long |     - |")
