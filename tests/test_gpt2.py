@@ -7,6 +7,7 @@ Face's transformers computes them. Inside, `dense` judges the paged `forward`.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,12 @@ import pytest
 import torch
 
 from nanopaged.batch import Batch
+from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.models.checkpoint import from_state_dict
-from nanopaged.gpt2 import FEW_ROWS, GPT2, GPT2Config, gelu, project
-from nanopaged.torch_attention import TORCH
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
-from nanopaged.scheduler import Step
+from nanopaged.step import Step
+from nanopaged.torch_attention import TORCH
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 8
@@ -46,30 +47,39 @@ def random_model(config: GPT2Config, seed: int) -> GPT2:
 
 
 class Pool:
-    """A model with a cache. What no step has written is NaN, so that reading it shows in the logits."""
+    """A model with a cache. What no step has written is NaN, and makes the logits NaN if it is read."""
 
     def __init__(self, model: GPT2, num_blocks: int, rng: random.Random) -> None:
         config = model.config
         self.model = model
-        self.cache = torch.full(
-            (config.n_layer, 2, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim), torch.nan
-        )
-        self.free = rng.sample(range(num_blocks), num_blocks)  # in no order: a block's place tells nothing
+        self.cache = torch.full((config.n_layer, 2, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim),
+                                torch.nan, dtype=model.wte.weight.dtype)
+        self.free = rng.sample(range(num_blocks), num_blocks)  # in no order: a block's id says nothing
 
     def request(self, token_ids: list[int]) -> Request:
         request = Request("any", token_ids, SamplingParams())
         request.block_table = [self.free.pop() for _ in range(-(-len(token_ids) // BLOCK_SIZE))]
         return request
 
-    def step(self, requests: list[Request], num_tokens: list[int], every_row: bool = False) -> torch.Tensor:
-        """The step's logits: of the rows that are sampled, or of every row."""
-        batch = Batch.from_step(Step(requests, num_tokens), BLOCK_SIZE, CPU)
-        if every_row:
-            batch.logits_rows = torch.arange(len(batch.token_ids))
+    def _compute(self, requests: list[Request], num_tokens: list[int],
+                 rows: Callable[[Batch], torch.Tensor]) -> tuple[Step, torch.Tensor]:
+        step = Step(0, requests, [request.num_computed_tokens for request in requests], num_tokens)
+        step.arrange()
+        batch = Batch.from_step(step, BLOCK_SIZE, CPU)
+        batch.logits_rows = rows(batch)
         logits = self.model(batch, self.cache, TORCH)
-        for request, n in zip(requests, num_tokens):
+        for request, n in zip(step.requests, step.num_tokens):
             request.num_computed_tokens += n
-        return logits
+        return step, logits
+
+    def sampled(self, requests: list[Request], num_tokens: list[int]) -> torch.Tensor:
+        """The logits from which tokens are drawn, in the step's order."""
+        return self._compute(requests, num_tokens, lambda batch: batch.logits_rows)[1]
+
+    def all_rows(self, requests: list[Request], num_tokens: list[int]) -> dict[Request, torch.Tensor]:
+        """The logits of every row, by request."""
+        step, logits = self._compute(requests, num_tokens, lambda batch: torch.arange(len(batch.token_ids)))
+        return dict(zip(step.requests, logits.split(step.num_tokens)))
 
 
 def chunks_of(total: int, size: int) -> list[int]:
@@ -84,7 +94,7 @@ def test_dense_gives_the_logits_of_hugging_face(reference_model: GPT2) -> None:
 def test_paged_forward_gives_the_logits_of_hugging_face_in_chunks_of(reference_model: GPT2, chunk: int) -> None:
     pool = Pool(reference_model, 10, random.Random(chunk))
     request = pool.request(TOKENS.tolist())
-    logits = [pool.step([request], [n], every_row=True) for n in chunks_of(len(TOKENS), chunk)]
+    logits = [pool.all_rows([request], [n])[request] for n in chunks_of(len(TOKENS), chunk)]
     torch.testing.assert_close(torch.cat(logits), LOGITS, **TOLERANCE)
 
 
@@ -92,31 +102,29 @@ def test_a_prompt_and_then_one_token_at_a_time_gives_the_logits_of_hugging_face(
     pool = Pool(reference_model, 6, random.Random(0))
     request = pool.request(TOKENS.tolist())
     request.token_ids = request.token_ids[:13]
-    logits = [pool.step([request], [13])]
+    logits = [pool.sampled([request], [13])]
     for token_id in TOKENS.tolist()[13:]:
         request.token_ids.append(token_id)
-        logits.append(pool.step([request], [1]))
+        logits.append(pool.sampled([request], [1]))
     torch.testing.assert_close(torch.cat(logits), LOGITS[12:], **TOLERANCE)
 
 
 @pytest.mark.parametrize("n_kv_head", [None, 1, 2, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_ragged_mix_gives_each_request_its_dense_logits(n_kv_head: int | None, seed: int) -> None:
+def test_each_request_of_a_ragged_batch_gets_its_dense_logits(n_kv_head: int | None, seed: int) -> None:
     rng = random.Random(seed)
     pool = Pool(random_model(replace(TINY, n_kv_head=n_kv_head), seed), 48, rng)
     requests = [pool.request([rng.randrange(TINY.vocab_size) for _ in range(rng.randint(1, TINY.n_positions))])
                 for _ in range(5)]
-    got: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(requests))}
-    while unfinished := [i for i, r in enumerate(requests) if r.num_computed_tokens < len(r.token_ids)]:
+    got: dict[Request, list[torch.Tensor]] = {request: [] for request in requests}
+    while unfinished := [r for r in requests if r.num_computed_tokens < len(r.token_ids)]:
         chosen = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        num_tokens = [rng.choice((1, rng.randint(1, len(requests[i].token_ids) - requests[i].num_computed_tokens)))
-                      for i in chosen]
-        logits = pool.step([requests[i] for i in chosen], num_tokens, every_row=True)
-        for i, rows in zip(chosen, logits.split(num_tokens)):
-            got[i].append(rows)
+        num_tokens = [rng.choice((1, rng.randint(1, len(r.token_ids) - r.num_computed_tokens))) for r in chosen]
+        for request, logits in pool.all_rows(chosen, num_tokens).items():
+            got[request].append(logits)
     for i, request in enumerate(requests):
         dense = pool.model.dense(torch.tensor(request.token_ids))
-        torch.testing.assert_close(torch.cat(got[i]), dense, **TOLERANCE,
+        torch.testing.assert_close(torch.cat(got[request]), dense, **TOLERANCE,
                                    msg=lambda m, i=i: f"seed {seed}, n_kv_head {n_kv_head}, request {i}: {m}")
 
 
@@ -138,24 +146,24 @@ def test_a_grouped_model_is_the_full_one_with_each_key_and_value_head_repeated(n
 def test_logits_are_computed_only_for_requests_whose_last_token_is_in_the_step() -> None:
     pool = Pool(random_model(TINY, seed=1), 20, random.Random(1))
     first, cut_off, last = (pool.request([(i + 1) * k % TINY.vocab_size for k in range(20)]) for i in range(3))
-    logits = pool.step([first, cut_off, last], [20, 19, 20])
+    logits = pool.sampled([first, cut_off, last], [20, 19, 20])
     assert logits.shape == (2, TINY.vocab_size)
     for row, request in zip(logits, (first, last)):
         torch.testing.assert_close(row, pool.model.dense(torch.tensor(request.token_ids))[-1], **TOLERANCE)
-    assert pool.step([cut_off], [1]).shape == (1, TINY.vocab_size)
+    assert pool.sampled([cut_off], [1]).shape == (1, TINY.vocab_size)
 
 
 def test_a_step_in_which_no_prompt_ends_has_no_logits() -> None:
     pool = Pool(random_model(TINY, seed=2), 4, random.Random(2))
-    assert pool.step([pool.request(list(range(10)))], [9]).shape == (0, TINY.vocab_size)
+    assert pool.sampled([pool.request(list(range(10)))], [9]).shape == (0, TINY.vocab_size)
 
 
 def test_a_step_writes_nothing_but_its_own_slots() -> None:
     pool = Pool(random_model(TINY, seed=3), 8, random.Random(3))
     request = pool.request(list(range(20)))
-    pool.step([request], [19])
+    pool.sampled([request], [19])
     before = pool.cache.clone()
-    pool.step([request], [1])
+    pool.sampled([request], [1])
     changed = (pool.cache.nan_to_num() != before.nan_to_num()).any(dim=(0, 1, 3, 5)).nonzero()  # (block, place)
     assert changed.tolist() == [[request.block_table[2], 3]]
 
@@ -172,15 +180,18 @@ def test_a_step_writes_nothing_but_its_own_slots() -> None:
         ("n_head", 7, ValueError, "n_head must divide n_embd, got n_head=7, n_embd=768"),
         ("n_kv_head", 5, ValueError, "n_kv_head must divide n_head, got n_kv_head=5, n_head=12"),
         ("n_kv_head", 24, ValueError, "n_kv_head must divide n_head"),
+        ("layer_norm_epsilon", -1e-5, ValueError, "at least 0.0, got -1e-05"),
+        ("layer_norm_epsilon", float("nan"), ValueError, "must be finite"),
+        ("layer_norm_epsilon", "tiny", TypeError, "must be a number, got 'tiny'"),
     ],
 )
-def test_a_config_that_cannot_be_names_its_field(field: str, value: object, error: type, words: str) -> None:
+def test_an_invalid_config_names_its_field(field: str, value: object, error: type, words: str) -> None:
     with pytest.raises(error, match=words) as caught:
         GPT2Config(**{field: value})
     assert field in str(caught.value)
 
 
-def test_the_mlp_is_as_wide_as_n_inner_says_or_four_times_the_model() -> None:
+def test_the_mlp_has_the_width_n_inner_or_four_times_that_of_the_model() -> None:
     for n_inner, width in ((80, 80), (None, 256)):
         mlp = GPT2(replace(TINY, n_inner=n_inner)).h[1].mlp
         assert (mlp.c_fc.out_features, mlp.c_proj.in_features) == (width, width)
@@ -192,18 +203,3 @@ def test_the_default_config_is_gpt2_small() -> None:
         num_parameters = sum(parameter.numel() for parameter in GPT2(config).parameters())
     assert num_parameters == 124_439_808
     assert (config.head_dim, config.num_kv_heads) == (64, 12)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 6, 8, 9, 16, 31, 64, FEW_ROWS - 1, FEW_ROWS, FEW_ROWS + 1])
-def test_a_projection_is_the_same_product_for_any_number_of_rows_in_any_layout(rows: int) -> None:
-    generator = torch.Generator().manual_seed(rows)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((rows, 12), (7, 12), (7,)))
-    for layout in (x, x.t().contiguous().t(), torch.randn(rows, 24)[:, ::2].copy_(x)):
-        torch.testing.assert_close(project(layout, weight, bias), x @ weight.t() + bias)
-        torch.testing.assert_close(project(layout, weight), x @ weight.t())
-
-
-def test_gelu_is_torchs_own_by_tanh_for_any_size_layout_and_dtype() -> None:
-    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e20, -1e20, 3e38, -3e38])])
-    for values in (x, x[::3], x.bfloat16(), x.double()):
-        torch.testing.assert_close(gelu(values), torch.nn.functional.gelu(values, approximate="tanh"))

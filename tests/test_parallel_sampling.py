@@ -1,4 +1,4 @@
-"""Several continuations of one prompt: computed once, shared until written, and each a request of its own."""
+"""Several continuations of one prompt: computed once, shared until written, and each sampled for itself."""
 
 from __future__ import annotations
 
@@ -7,27 +7,37 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.crowds import check_every_plan
 from tests.oracle import assert_dense_continuation, tiny_model
+from tests.recount import assert_consistent, assert_nothing_is_held
 from tests.test_engine import tiny_llm
 
 from nanopaged import LLM, SamplingParams
+from nanopaged.block_allocator import BlockAllocator
 from nanopaged.outputs import RequestOutput
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import continuation_seed
-from nanopaged.pressure.swap_space import BlockMove
+from nanopaged.step import BlockMove
 
 MODEL = tiny_model()
 PROMPT = list(range(20))  # with blocks of 8: two full ones, and one with 4 tokens
 
 
-def four(**wishes) -> SamplingParams:
-    return SamplingParams(**{"n": 4, "seed": 5, "max_tokens": 8, **wishes})
+def four(**changes: object) -> SamplingParams:
+    return SamplingParams(**{"n": 4, "seed": 5, "max_tokens": 8, **changes})
 
 
-def start(params: SamplingParams, prompt: list[int] = PROMPT, **options) -> tuple[LLM, list[Request]]:
-    """An engine with one request, and its continuations."""
+def engine(**options: object) -> LLM:
+    """One in which a copy-on-write that is missing is named as such: a block is written while others hold it."""
     llm = tiny_llm(MODEL, **options)
-    return llm, llm._groups[llm.add_request(prompt, params)]
+    check_every_plan(llm.scheduler)
+    return llm
+
+
+def start(params: SamplingParams, prompt: list[int] = PROMPT, **options: object) -> tuple[LLM, list[Request]]:
+    """An engine with one request, and its continuations."""
+    llm = engine(**options)
+    return llm, list(llm._groups[llm.add_request(prompt, params)])
 
 
 def finish(llm: LLM) -> dict[str, RequestOutput]:
@@ -35,7 +45,8 @@ def finish(llm: LLM) -> dict[str, RequestOutput]:
     while llm.has_unfinished_requests():
         outputs |= {output.request_id: output for output in llm.step()}
         llm.scheduler.check_invariants()
-    assert llm.stats().referenced_blocks == 0
+        assert_consistent(llm.scheduler)
+    assert_nothing_is_held(llm.scheduler)
     return outputs
 
 
@@ -47,7 +58,7 @@ def assert_right(output: RequestOutput, params: SamplingParams, where: str = "")
 
 
 @pytest.mark.parametrize("budget", [100, 7])
-def test_the_prompt_is_computed_once_and_held_by_all_continuations(budget: int) -> None:
+def test_the_prompt_is_computed_once_and_its_blocks_are_shared_by_all_continuations(budget: int) -> None:
     llm, members = start(four(), max_num_batched_tokens=budget)
     while not members[0].output_token_ids:
         assert llm.scheduler.running in ([], members[:1]), "a continuation started before its prompt was computed"
@@ -62,7 +73,7 @@ def test_the_prompt_is_computed_once_and_held_by_all_continuations(budget: int) 
     assert llm.stats().computed_tokens == 20 + 4 * 7, "the last token is never computed"
 
 
-def test_the_shared_last_block_is_copied_for_all_writers_but_the_last_who_writes_in_place() -> None:
+def test_the_shared_last_block_is_copied_for_each_writer_but_the_last_which_writes_in_place() -> None:
     llm, members = start(four())
     llm.step()
     first, second, shared = members[0].block_table
@@ -80,11 +91,11 @@ def test_the_shared_last_block_is_copied_for_all_writers_but_the_last_who_writes
     for block in own[:3]:
         assert torch.equal(blocks[:, :, block, :, :4], wanted[..., :4, :]), "a layer was not copied"
     scheduler.schedule()
-    assert scheduler.moves == [], "a block of one's own is not copied again"
+    assert scheduler.moves == [], "a block with one holder is not copied again"
     assert_right(finish(llm)["0"], four())
 
 
-def test_the_copy_waits_until_a_continuation_has_its_turn_to_write() -> None:
+def test_a_continuation_copies_the_shared_block_in_the_step_in_which_it_first_writes() -> None:
     llm, members = start(four(max_tokens=3), [1, 2, 3, 4], max_num_batched_tokens=2)
     llm.step(), llm.step()
     (shared,) = members[0].block_table
@@ -94,7 +105,7 @@ def test_the_copy_waits_until_a_continuation_has_its_turn_to_write() -> None:
         while llm.scheduler.has_unfinished():
             (output,) = llm.step()
             held.append([i for i, member in enumerate(members) if member.block_table == [shared]])
-    # Two have a turn in each step, until they have finished.
+    # The budget lets two of them run in each step, until they have finished.
     assert copies == [2, 0, 1, 0]
     assert held == [[2, 3], [2, 3], [3], []]
     assert_right(output, four(max_tokens=3))
@@ -112,7 +123,7 @@ def test_a_prompt_that_fills_its_blocks_copies_nothing() -> None:
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
-def test_the_oldest_writes_in_place_where_its_siblings_had_to_give_way(preemption: str) -> None:
+def test_the_first_continuation_writes_in_place_if_its_siblings_were_preempted(preemption: str) -> None:
     params = four(n=2, max_tokens=4)
     llm, _ = start(params, PROMPT[:12], num_blocks=2, preemption=preemption)
     assert_right(finish(llm)["0"], params)
@@ -120,14 +131,14 @@ def test_the_oldest_writes_in_place_where_its_siblings_had_to_give_way(preemptio
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_continuation_may_be_preempted_alone_and_none_of_them_notices(seed: int) -> None:
+def test_one_continuation_may_be_preempted_and_all_get_the_right_tokens(seed: int) -> None:
     rng = random.Random(seed)
     prompt = [rng.randrange(61) for _ in range(rng.randint(3, 20))]
     params = four(max_tokens=rng.randint(18, 25), seed=seed)
     shared, full = len(prompt) // 8, -(-(len(prompt) + params.max_tokens - 1) // 8)
     one_short = shared + 4 * (full - shared) - 1
     llm, _ = start(params, prompt, num_blocks=one_short, preemption=rng.choice(["recompute", "swap"]),
-                   enable_prefix_caching=False)  # equal outputs would be held once
+                   enable_prefix_caching=False)  # equal outputs would be stored once
     output = finish(llm)["0"]
     preemptions = [completion.metrics.preemptions for completion in output.outputs]
     assert preemptions[:3] == [0, 0, 0] and preemptions[3] > 0, f"seed {seed}"
@@ -135,7 +146,7 @@ def test_a_continuation_may_be_preempted_alone_and_none_of_them_notices(seed: in
 
 
 def test_a_continuation_may_stop_early_while_the_others_go_on() -> None:
-    (plain,) = tiny_llm(MODEL).generate([PROMPT], four(max_tokens=12))
+    (plain,) = engine().generate([PROMPT], four(max_tokens=12))
     texts = [completion.token_ids for completion in plain.outputs]
     stop = next(t for t in texts[1] if all(t not in other for other in (texts[0], *texts[2:])))
     llm, _ = start(four(max_tokens=12, stop_token_ids=[stop]))
@@ -152,21 +163,21 @@ def test_a_continuation_may_stop_early_while_the_others_go_on() -> None:
 
 @pytest.mark.parametrize("seed", [0, 5, -3, 2**70])
 def test_a_continuation_is_what_the_request_gives_alone_with_its_derived_seed(seed: int) -> None:
-    (together,) = tiny_llm(MODEL).generate([PROMPT], four(seed=seed))
-    alone = tiny_llm(MODEL).generate([PROMPT] * 4, [four(n=1, seed=continuation_seed(seed, i)) for i in range(4)])
+    (together,) = engine().generate([PROMPT], four(seed=seed))
+    alone = engine().generate([PROMPT] * 4, [four(n=1, seed=continuation_seed(seed, i)) for i in range(4)])
     assert continuation_seed(seed, 0) == seed
     assert [c.token_ids for c in together.outputs] == [output.outputs[0].token_ids for output in alone]
     assert len({tuple(c.token_ids) for c in together.outputs}) == 4
 
 
 def test_continuations_without_a_seed_differ_and_greedy_ones_do_not() -> None:
-    unseeded, greedy = tiny_llm(MODEL).generate([PROMPT] * 2, [four(seed=None), four(temperature=0.0)])
+    unseeded, greedy = engine().generate([PROMPT] * 2, [four(seed=None), four(temperature=0.0)])
     assert len({tuple(c.token_ids) for c in unseeded.outputs}) == 4
     assert len({tuple(c.token_ids) for c in greedy.outputs}) == 1
 
 
 def test_more_continuations_than_seats_are_refused_with_both_numbers() -> None:
-    llm = tiny_llm(MODEL, max_num_seqs=3)
+    llm = engine(max_num_seqs=3)
     with pytest.raises(ValueError, match="n=4 .*max_num_seqs is 3"):
         llm.add_request(PROMPT, four())
     assert not llm.has_unfinished_requests()
@@ -175,13 +186,22 @@ def test_more_continuations_than_seats_are_refused_with_both_numbers() -> None:
 
 def test_seats_are_kept_for_the_continuations_of_a_prompt_that_is_still_computed() -> None:
     llm, members = start(four(n=3), max_num_seqs=4, max_num_batched_tokens=8)
-    for n in (1, 2):
-        llm.add_request([n], four(n=n, max_tokens=2))
+    _, third = (list(llm._groups[llm.add_request([n], four(n=n, max_tokens=2))]) for n in (1, 2))
     while llm.scheduler.has_unfinished():
         llm.step()
         assert len(llm.scheduler.running) <= 4
         llm.scheduler.check_invariants()
-        assert llm._groups.get("2", [None])[0] not in llm.scheduler.running or members[0].output_token_ids
+        assert_consistent(llm.scheduler)
+        assert third[0] not in llm.scheduler.running or members[0].output_token_ids
+
+
+def test_a_missing_copy_is_named_as_a_block_written_while_others_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockAllocator, "fork", lambda self, block: block)
+    llm, members = start(four())
+    llm.step()
+    shared = members[0].block_table[-1]
+    with pytest.raises(AssertionError, match=f"request 0.0 writes block {shared} while .*0.1.*0.2.*0.3.* hold it"):
+        llm.step()
 
 
 def waiting(members: list[Request]) -> bool:
@@ -212,18 +232,19 @@ def test_aborting_ends_all_continuations_in_every_phase(
         phase: Callable[[list[Request]], bool], options: dict[str, int]) -> None:
     company, stops = SamplingParams(temperature=0.0, max_tokens=20), []
     if phase is one_finished:
-        texts = [c.token_ids for c in tiny_llm(MODEL).generate([PROMPT], four(max_tokens=20))[0].outputs]
+        texts = [c.token_ids for c in engine().generate([PROMPT], four(max_tokens=20))[0].outputs]
         stops = [next(t for t in texts[2] if all(t not in other for other in (*texts[:2], texts[3])))]
     params = four(max_tokens=20, stop_token_ids=stops)
-    llm = tiny_llm(MODEL, **options)
+    llm = engine(**options)
     other = llm.add_request([9] * 5, company)
     victim = llm.add_request(PROMPT, params)
-    members = llm._groups[victim]
+    members = list(llm._groups[victim])
     while not phase(members):
         assert llm.step()
     output = llm.abort_request(victim)
     llm.scheduler.check_invariants()
-    assert output.finished and llm.scheduler.running + list(llm.scheduler.waiting.values()) == llm._groups[other]
+    assert_consistent(llm.scheduler)
+    assert output.finished and [*llm.scheduler.running, *llm.scheduler.waiting] == list(llm._groups[other])
     assert llm.scheduler.stats.num_finished == 4
     reasons = [completion.finish_reason for completion in output.outputs]
     assert reasons == (["abort", "abort", "stop", "abort"] if stops else ["abort"] * 4)

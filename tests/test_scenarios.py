@@ -1,8 +1,8 @@
-"""Everything at once, against the dense oracle: n, swapping, aborts, faults, sharing, chunks, each admission policy.
+"""Everything at once, against the dense oracle: n, swapping, aborts, faults, sharing, chunks, policies, a full queue.
 
 The suite runs 300 random scenarios. Any number more, from any seed:
 
-    python tests/test_pressure.py 5000 --first-seed 300
+    python tests/test_scenarios.py 5000 --first-seed 300
 """
 
 from __future__ import annotations
@@ -15,24 +15,33 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]  # for the command above
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for the command above
 
 import torch  # noqa: E402
+from tests.crowds import check_every_plan  # noqa: E402
+from tests.faults import step_with_fault  # noqa: E402
 from tests.oracle import TINY, assert_dense_continuation, tiny_model  # noqa: E402
+from tests.recount import assert_consistent, assert_nothing_is_held  # noqa: E402
 
 from nanopaged import LLM, SamplingParams, TooManyWaiting  # noqa: E402
-from nanopaged.sampling_params import continuation_seed  # noqa: E402
+from nanopaged.request import Request  # noqa: E402
+from nanopaged.sampling_params import continuation_seed, hashed  # noqa: E402
+from nanopaged.waiting import AdmissionContext  # noqa: E402
 
 MODELS = [tiny_model(seed=seed) for seed in range(3)]
 
 
-class InjectedFault(RuntimeError):
-    """Raised in place of a step's work."""
+def half_of_what_is_available(context: AdmissionContext) -> bool:
+    return 2 * context.prompt <= context.available
+
+
+def any_order(request: Request) -> float:
+    return hashed(request.request_id) % 5
 
 
 def random_engine(rng: random.Random, model: int, work: list[tuple[list[int], SamplingParams]]) -> LLM:
     """An engine in which each request fits, some of them barely."""
-    admission = rng.choice(["watermark", "reserve", "greedy"])
+    admission = rng.choice(["watermark", "reserve", "greedy", "greedy", half_of_what_is_available])
     block_size = rng.choice([8, 8, 16])
     barely = max(-(-(len(prompt) + params.max_tokens) // block_size) * (params.n if admission == "reserve" else 1)
                  for prompt, params in work)
@@ -40,34 +49,23 @@ def random_engine(rng: random.Random, model: int, work: list[tuple[list[int], Sa
         MODELS[model], device="cpu", block_size=block_size, num_blocks=barely + rng.choice([0, 1, 2, 12]),
         max_num_seqs=rng.choice([4, 6, 12]), max_num_batched_tokens=rng.choice([2, 9, 30, 200]),
         enable_prefix_caching=rng.random() < 0.7, admission=admission, watermark=rng.choice([0.0, 0.0, 0.3]),
-        preemption=rng.choice(["recompute", "swap"]), swap_blocks=rng.choice([1, 4, 40]),
-        max_waiting=rng.choice([None, None, 1, 3]))
+        order=rng.choice(["fcfs", "priority", "shortest", any_order]), preemption=rng.choice(["recompute", "swap"]),
+        swap_blocks=rng.choice([1, 4, 40]), max_waiting=rng.choice([None, None, 1, 3]))
 
 
 def random_work(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts of unlike lengths, most of which begin alike; one in three has several continuations."""
+    """Prompts of different lengths, most of which have a common prefix; one in three has several continuations."""
     stem = [rng.randrange(TINY.vocab_size) for _ in range(33)]
-    return [(stem[: rng.choice([0, 0, 7, 16, 33])] + [rng.randrange(TINY.vocab_size) for _ in range(rng.randint(1, 12))],
+
+    def prompt() -> list[int]:
+        suffix = [rng.randrange(TINY.vocab_size) for _ in range(rng.randint(1, 12))]
+        return stem[: rng.choice([0, 0, 7, 16, 33])] + suffix
+
+    return [(prompt(),
              SamplingParams(n=rng.choice([1, 1, 1, 1, 2, 4]), temperature=rng.choice([0.0, 0.8, 1.3]),
                             top_k=rng.choice([0, 10]), max_tokens=rng.randint(1, 24), seed=rng.randrange(1000),
                             stop_token_ids=rng.sample(range(TINY.vocab_size), rng.choice([0, 0, 2]))))
             for _ in range(rng.randint(2, 8))]
-
-
-def step_with_fault(llm: LLM, rng: random.Random) -> None:
-    """A step whose work raises, before or after it was done."""
-    owner, name = rng.choice([(llm.model, "forward"), (llm.kv_cache, "carry_out"), (sys.modules["nanopaged.engine"], "sample")])
-    original, late = getattr(owner, name), rng.random() < 0.5
-
-    def explode(*arguments: object) -> None:
-        if late:
-            original(*arguments)
-        raise InjectedFault
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, explode)
-        with pytest.raises(InjectedFault):
-            llm.step()
 
 
 def run_scenario(seed: int) -> Counter[str]:
@@ -76,7 +74,8 @@ def run_scenario(seed: int) -> Counter[str]:
     work = random_work(rng)
     model = rng.randrange(3)
     llm = random_engine(rng, model, work)
-    where = f"seed {seed}"
+    where = f"in the scenario of seed {seed}"
+    check_every_plan(llm.scheduler, where)
     pending = list(range(len(work)))
     ids: dict[str, int] = {}
     results = {}
@@ -85,7 +84,7 @@ def run_scenario(seed: int) -> Counter[str]:
         while pending and rng.random() < 0.6:
             prompt, params = work[pending[0]]
             try:
-                ids[llm.add_request(prompt, params)] = pending[0]
+                ids[llm.add_request(prompt, params, priority=rng.choice([0, 0, -3, 0.5, 10**6]))] = pending[0]
                 pending.pop(0)
             except TooManyWaiting:
                 happened["refused"] += 1
@@ -96,7 +95,8 @@ def run_scenario(seed: int) -> Counter[str]:
             happened["faults"] += 1
         elif chance < 0.12 and ids.keys() - results.keys():
             victim = rng.choice(sorted(ids.keys() - results.keys()))
-            happened[f"abort while {llm._groups[victim][0].status.value}"] += 1
+            leader = next(iter(llm._groups[victim]))
+            happened[f"abort while {leader.status.value}"] += 1
             results[victim] = llm.abort_request(victim)
         else:
             for output in llm.step():
@@ -105,8 +105,12 @@ def run_scenario(seed: int) -> Counter[str]:
                 for completion in output.outputs:
                     assert completion.finish_reason or not output.finished, where
         llm.scheduler.check_invariants()
+        assert_consistent(llm.scheduler, where)
+        arrivals = [request.key[1] for request in llm.scheduler.running]
+        happened["out of order of arrival"] += arrivals != sorted(arrivals)
+    assert_nothing_is_held(llm.scheduler, where)
     stats = llm.stats()
-    assert stats.referenced_blocks == stats.swap_blocks_used == 0, where
+    assert stats.swap_blocks_used == 0, where
     assert results.keys() == ids.keys(), where
     for request_id, i in ids.items():
         prompt, params = work[i]
@@ -115,18 +119,35 @@ def run_scenario(seed: int) -> Counter[str]:
             assert_dense_continuation(
                 MODELS[model], prompt, params, continuation_seed(params.seed, completion.index), completion.token_ids,
                 completion.finish_reason != "abort", f"{where}, request {request_id}, continuation {completion.index}")
-    if llm.scheduler.admission.__name__ == "reserve":
+    if llm.config.admission == "reserve":
         assert stats.num_preemptions == 0, where
-    happened.update(preemptions=stats.num_preemptions, swapped_in_tokens=stats.swapped_in_tokens,
-                    recomputed_tokens=stats.recomputed_tokens, hits=stats.prefix_hit_tokens, finished=stats.num_finished)
+    for name in ("admission", "order"):
+        policy = getattr(llm.config, name)
+        happened[policy if isinstance(policy, str) else policy.__name__] += 1
+    happened.update(
+        preemptions=stats.num_preemptions, recomputed_tokens=stats.recomputed_tokens, hits=stats.prefix_hit_tokens,
+        swapped_in_tokens=stats.swapped_in_tokens, finished=stats.num_finished)
+    return happened
+
+
+def run_scenarios(first: int, number: int) -> Counter[str]:
+    happened: Counter[str] = Counter()
+    for seed in range(first, first + number):
+        try:
+            happened += run_scenario(seed)
+        except Exception as error:
+            error.add_note(f"in the scenario of seed {seed}")
+            raise
     return happened
 
 
 @pytest.mark.parametrize("first", range(0, 300, 50))
 def test_a_requests_tokens_depend_on_nothing_but_itself(first: int) -> None:
-    happened: Counter[str] = sum((run_scenario(seed) for seed in range(first, first + 50)), Counter())
+    happened = run_scenarios(first, 50)
     for what in ("preemptions", "swapped_in_tokens", "recomputed_tokens", "hits", "faults", "refused",
-                 "abort while running", "abort while waiting"):
+                 "abort while running", "abort while waiting", "out of order of arrival",
+                 "watermark", "reserve", "greedy", "half_of_what_is_available",
+                 "fcfs", "priority", "shortest", "any_order"):
         assert happened[what] > 0, f"seeds {first} to {first + 49} never had {what}: {happened}"
 
 
@@ -137,10 +158,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     happened: Counter[str] = Counter()
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.count):
-        happened += run_scenario(seed)
-        if seed % 100 == 99:
-            print(f"\rseed {seed}: {dict(happened)}", end="", flush=True)
+    end = arguments.first_seed + arguments.count
+    for first in range(arguments.first_seed, end, 100):
+        happened += run_scenarios(first, min(100, end - first))
+        print(f"\rseed {first}: {dict(happened)}", end="", flush=True)
     print(f"\n{arguments.count} scenarios, no difference: {dict(happened)}")
 
 

@@ -32,7 +32,8 @@ from functools import partial, wraps
 from nanopaged.validation import has_folder
 
 if __name__ == "__main__" and not has_folder("pressure"):  # before it is imported
-    sys.stderr.write("python -m nanopaged.simulate: error: this needs the folder nanopaged/pressure/, which is missing\n")
+    sys.stderr.write("python -m nanopaged.simulate: error: this needs the folder nanopaged/pressure/, which is "
+                     "missing: restore it\n")
     sys.exit(2)
 
 from nanopaged.block_allocator import BlockAllocator

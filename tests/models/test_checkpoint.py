@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanopaged import checkpoint
-from nanopaged.models.checkpoint import CheckpointError, download, from_state_dict, load_model
 from nanopaged.gpt2 import GPT2, GPT2Config
+from nanopaged.models import checkpoint
+from nanopaged.models.checkpoint import CheckpointError, download, from_state_dict, load_model
 
-REFERENCE = torch.load(Path(__file__).parent / "data" / "gpt2_reference.pt", weights_only=True)
+REFERENCE = torch.load(Path(__file__).parents[1] / "data" / "gpt2_reference.pt", weights_only=True)
 STATE, TOKENS, LOGITS = REFERENCE["state"], REFERENCE["token_ids"], REFERENCE["logits"]
 CONFIG = GPT2Config(vocab_size=101, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=128,
                     layer_norm_epsilon=0.01)
@@ -40,7 +40,8 @@ def save(folder: Path, file: str = "pytorch_model.bin", tensors: Tensors | None 
     path = folder / file
     if path.suffix == ".safetensors":
         del state["lm_head.weight"]  # as Hugging Face does: this format stores no tensor twice
-        pytest.importorskip("safetensors.torch", reason="safetensors is optional, and not installed").save_file(state, path)
+        safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is optional, and not installed")
+        safetensors.save_file(state, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=not file.startswith("old"))
     (path.parent / "config.json").write_text(json.dumps({**REFERENCE["config"], **(fields or {})}), encoding="utf-8")
@@ -54,6 +55,7 @@ def assert_is_the_reference(model: GPT2) -> None:
 def assert_refused(path: str | Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_model(str(path))
+    assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
 
@@ -102,7 +104,7 @@ def test_the_causal_masks_of_old_checkpoints_are_left_out(tmp_path: Path) -> Non
     assert_is_the_reference(load_model(save(tmp_path, tensors=masks)))
 
 
-def test_a_checkpoint_without_its_tied_head_is_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_needs_no_head_of_its_own(tmp_path: Path) -> None:
     assert_is_the_reference(load_model(save(tmp_path, tensors={"lm_head.weight": None})))
 
 
@@ -112,7 +114,7 @@ def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(model.dense(TOKENS), LOGITS, atol=0.1, rtol=0.0)
 
 
-def test_the_head_count_and_the_epsilon_are_config_jsons(tmp_path: Path) -> None:
+def test_the_head_count_and_the_epsilon_are_read_from_config_json(tmp_path: Path) -> None:
     for name, fields in (("heads", {"n_head": 2}), ("epsilon", {"layer_norm_epsilon": 1e-5})):
         model = load_model(save(tmp_path / name, fields=fields))
         assert {field: getattr(model.config, field) for field in fields} == fields
@@ -120,7 +122,7 @@ def test_the_head_count_and_the_epsilon_are_config_jsons(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("in_file", "expected"), [(7, 7), (None, None), (50256, None)])
-def test_the_end_of_text_is_config_jsons_unless_the_vocabulary_has_no_such_id(
+def test_the_end_of_text_is_read_from_config_json_unless_the_vocabulary_has_no_such_id(
     tmp_path: Path, in_file: int | None, expected: int | None
 ) -> None:
     assert load_model(save(tmp_path, fields={"eos_token_id": in_file})).config.eos_token_id == expected
@@ -139,7 +141,7 @@ def test_without_config_json_a_width_that_is_no_multiple_of_64_asks_for_it(tmp_p
     assert_refused(path, path, "config.json", "n_head", "n_embd=32")
 
 
-def test_a_config_json_without_the_head_count_is_no_better_than_none(tmp_path: Path) -> None:
+def test_a_config_json_without_the_head_count_is_not_enough(tmp_path: Path) -> None:
     state = GPT2(GPT2Config(vocab_size=10, n_positions=8, n_embd=96, n_layer=1, n_head=4, n_inner=8)).state_dict()
     state = {name: tensor.t() if name.endswith(checkpoint.CONV1D) else tensor for name, tensor in state.items()}
     torch.save(state, tmp_path / "weights.bin")
@@ -152,6 +154,8 @@ def test_a_config_json_without_the_head_count_is_no_better_than_none(tmp_path: P
     [
         ("h.1.ln_2.bias", None, "missing"),
         ("h.0.attn.c_proj.weight", None, "missing"),
+        ("h.0.mlp.c_fc.weight", None, "of 2 dimensions, got none"),
+        ("h.0.mlp.c_fc.weight", torch.Tensor.long, "must hold floats of shape (128, 32)"),
         ("wte.weight", None, "none"),
         ("wpe.weight", None, "none"),
         ("wte.weight", torch.Tensor.flatten, "(3232,)"),
@@ -167,7 +171,7 @@ def test_a_config_json_without_the_head_count_is_no_better_than_none(tmp_path: P
     ],
 )
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
-def test_a_tensor_that_is_not_as_it_must_be_is_named(
+def test_an_invalid_tensor_is_named(
     tmp_path: Path, file: str, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None, words: str
 ) -> None:
     if name == "lm_head.weight":
@@ -178,14 +182,20 @@ def test_a_tensor_that_is_not_as_it_must_be_is_named(
     assert_refused(path, path, repr(name), words)
 
 
+def test_a_weight_that_does_not_fit_its_bias_is_told_by_the_bias(tmp_path: Path) -> None:
+    path = save(tmp_path, tensors={"transformer.h.0.mlp.c_fc.weight": STATE["transformer.h.0.mlp.c_fc.weight"][:, :5]},
+                fields={"n_inner": None})
+    assert_refused(path, path, "'h.0.mlp.c_fc.bias' must hold floats of shape (5,)")
+
+
 @pytest.mark.parametrize("name", ["h.0.attn.rotary.inv_freq", "h.1.ln_3.weight", "score.weight"])
-def test_a_foreign_tensor_is_named(tmp_path: Path, name: str) -> None:
+def test_a_tensor_that_gpt2_does_not_have_is_named(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, tensors={f"transformer.{name}": torch.ones(3)})
-    assert_refused(path, path, name)
+    assert_refused(path, path, f"tensor {name!r} does not belong")
 
 
 @pytest.mark.parametrize("name", ["h.first.weight", "h.2", "h.1000000000.ln_1.weight"])
-def test_a_layer_too_many_is_seen_before_the_model_is_built(tmp_path: Path, name: str) -> None:
+def test_an_extra_layer_is_reported_before_the_model_is_built(tmp_path: Path, name: str) -> None:
     assert_refused(save(tmp_path, tensors={f"transformer.{name}": torch.ones(3)}), "n_layer")
 
 
@@ -193,53 +203,64 @@ def test_a_layer_too_many_is_seen_before_the_model_is_built(tmp_path: Path, name
     "content", [[torch.ones(2)], torch.ones(2), {"state_dict": STATE}, {"wte.weight": 1.0}, {0: torch.ones(2)}, {}],
     ids=["list", "tensor", "nested", "number", "unnamed", "nothing"],
 )
-def test_a_file_of_something_else_than_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
+def test_a_file_that_holds_no_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "weights.bin")
     assert_refused(tmp_path / "weights.bin", str(tmp_path / "weights.bin"))
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "words"),
     [
-        ("model_type", "llama"),
-        ("activation_function", "relu"),
-        ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("add_cross_attention", True),
-        ("tie_word_embeddings", False),
-        ("vocab_size", 50257),
-        ("n_positions", 1024),
-        ("n_embd", 64),
-        ("n_layer", 3),
-        ("n_inner", 64),
-        ("n_head", 5),
-        ("n_head", 0),
-        ("n_head", "4"),
-        ("n_head", None),
-        ("n_kv_head", 3),
-        ("layer_norm_epsilon", "tiny"),
-        ("layer_norm_epsilon", -1.0),
+        ("model_type", "llama", "'llama'"),
+        ("activation_function", "relu", "needs 'gelu_new'"),
+        ("scale_attn_weights", False, "False"),
+        ("scale_attn_by_inverse_layer_idx", True, "True"),
+        ("add_cross_attention", True, "True"),
+        ("tie_word_embeddings", False, "False"),
+        ("vocab_size", 50257, "needs 101"),
+        ("n_positions", 1024, "needs 64"),
+        ("n_embd", 64, "needs 32"),
+        ("n_layer", 3, "needs 2"),
+        ("n_layer", 10**30, "n_layer is 1000"),
+        ("n_inner", 64, "needs 128"),
+        ("n_head", 5, "n_head must divide n_embd"),
+        ("n_head", 10**30, "n_head must divide n_embd"),
+        ("n_head", 0, "at least 1"),
+        ("n_head", "4", "n_head must be an int, got '4'"),
+        ("n_head", 4.0, "n_head must be an int, got 4.0"),
+        ("n_head", True, "n_head must be an int, got True"),
+        ("n_head", None, "n_head must be an int, got None"),
+        ("n_kv_head", 3, "n_kv_head must divide n_head"),
+        ("layer_norm_epsilon", "tiny", "must be a number"),
+        ("layer_norm_epsilon", -1.0, "at least 0.0"),
+        ("layer_norm_epsilon", float("nan"), "layer_norm_epsilon must be finite"),
+        ("eos_token_id", "7", "must be an int"),
+        ("eos_token_id", True, "must be an int"),
+        ("eos_token_id", 7.0, "must be an int"),
     ],
 )
-def test_a_field_of_config_json_that_this_model_cannot_follow_is_named(
-    tmp_path: Path, field: str, value: object
+def test_a_field_of_config_json_that_does_not_fit_this_model_is_named(
+    tmp_path: Path, field: str, value: object, words: str
 ) -> None:
-    assert_refused(save(tmp_path, fields={field: value}), str(tmp_path / "config.json"), field)
+    assert_refused(save(tmp_path, fields={field: value}), str(tmp_path / "config.json"), field, words)
 
 
-@pytest.mark.parametrize("content", [b"", b"{'n_head': 4}", b'{"n_head": 4', b"[4]", b"4", b'{"n_head": "\xff"}'])
-def test_a_config_json_that_is_no_json_object_is_named(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(("content", "words"), [
+    (b"", "not JSON"), (b"{", "not JSON"), (b"{'n_head': 4}", "not JSON"), (b'{"n_head": 4', "not JSON"),
+    (b'{"n_head": "\xff"}', "not JSON"), (b"[4]", "must hold one JSON object, got a list"), (b"4", "got a int"),
+])
+def test_a_config_json_that_is_no_json_object_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = save(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
-    assert_refused(path, str(tmp_path / "config.json"))
+    assert_refused(path, str(tmp_path / "config.json"), words)
 
 
 @pytest.mark.parametrize("share", [0.0, 1e-5, 1e-3, 0.01, 0.5, 0.99, 0.99999])
 @pytest.mark.parametrize("file", FORMATS)
-def test_a_file_that_is_cut_off_is_named(tmp_path: Path, file: str, share: float) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path, file: str, share: float) -> None:
     path = save(tmp_path, file)
     os.truncate(path, int(os.path.getsize(path) * share))
-    assert_refused(path, path)
+    assert_refused(path, path, "no whole file of tensors")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +269,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, file: str, share: float
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
 def test_a_text_file_under_a_name_of_weights_is_refused(tmp_path: Path, file: str, content: bytes) -> None:
     (tmp_path / file).write_bytes(content)
-    assert_refused(tmp_path, str(tmp_path / file))
+    assert_refused(tmp_path, str(tmp_path / file), "no whole file of tensors")
 
 
 class Trap:
@@ -273,13 +294,36 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path, format: str
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_folder_without_weights_says_what_it_might_hold(tmp_path: Path) -> None:
-    assert_refused(tmp_path, str(tmp_path), "model.safetensors", "pytorch_model.bin")
-
-
-def test_an_unknown_name_says_which_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_weights_says_which_files_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_refused(tmp_path, str(tmp_path), "holds none of model.safetensors, pytorch_model.bin, pytorch_model.pt")
     monkeypatch.chdir(tmp_path)
-    assert_refused("gpt3", "'gpt3'", "'copycat'", "'gpt2'", "'gpt2-medium'", "'gpt2-large'", "'gpt2-xl'")
+    assert_refused("", "''", "holds none of model.safetensors")  # the current folder
+
+
+@pytest.mark.parametrize("name", ["gpt3", "missing.bin", "half\0a name"])
+def test_an_unknown_name_says_which_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(name, f"unknown model {name!r}: not one of 'copycat', 'gpt2', 'gpt2-medium', 'gpt2-large', "
+                         "'gpt2-xl', and no such file or folder")
+
+
+@pytest.mark.parametrize(("model", "words"), [
+    (3, "got 3 (int)"), (None, "got None"), (b"copycat", "got b'copycat' (bytes)"), (STATE, "(dict)"),
+], ids=["int", "None", "bytes", "state dict"])
+def test_a_model_of_another_type_is_named(model: object, words: str) -> None:
+    with pytest.raises(TypeError, match="model must be a name, a path or a GPT2") as caught:
+        load_model(model)
+    assert words in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_model_that_was_given_is_copied() -> None:
+    model = from_state_dict({name: tensor.clone() for name, tensor in STATE.items()}, CONFIG, "memory").train()
+    copied = load_model(model)
+    assert not copied.training and model.training
+    model.wte.weight.zero_()
+    assert_is_the_reference(copied)
 
 
 def test_copycat_is_loaded_by_name() -> None:
@@ -323,9 +367,9 @@ def test_a_download_with_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path: Pa
     assert cached_files(tmp_path) == []
 
 
-def test_a_download_from_nowhere_is_an_error_that_says_what_to_do(tmp_path: Path, published: Path) -> None:
+def test_a_download_that_fails_says_that_a_path_will_do(tmp_path: Path, published: Path) -> None:
     url = (tmp_path / "nothing.bin").as_uri()
-    with pytest.raises(CheckpointError, match=f"could not download gpt2 from {url}.*give its path"):
+    with pytest.raises(CheckpointError, match=f"could not download gpt2 from {url}.*Its path will do as well"):
         download("gpt2", url=url)
     assert cached_files(tmp_path) == []
     assert download("gpt2", url=published.as_uri()).is_file()

@@ -1,20 +1,22 @@
-"""Swapping: the same tokens as with recomputation, for less work, whatever fits or is lost meanwhile."""
+"""Swapping: the same tokens as with recomputation, for less work, whatever fits or is evicted in between."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
-import torch
-from tests.oracle import TINY, assert_dense_continuation, tiny_model
+from tests.crowds import request_with, take_step
+from tests.oracle import assert_dense_continuation, tiny_model
+from tests.recount import assert_consistent, assert_nothing_is_held
 from tests.test_engine import random_prompts, tiny_llm
 
 from nanopaged import LLM, SamplingParams
-from nanopaged.pressure.admission import Situation
 from nanopaged.block_allocator import BlockAllocator
-from nanopaged.kv_cache import KVCache
+from nanopaged.invariants import InvariantError
+from nanopaged.pressure.swap_space import Swapped, SwappingScheduler
 from nanopaged.request import Request, RequestStatus
-from nanopaged.pressure.swap_space import BlockMove, SwapSpace
+from nanopaged.step import BlockMove
+from nanopaged.waiting import AdmissionContext
 
 MODEL = tiny_model()
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -25,7 +27,9 @@ def finish(llm: LLM, outputs: dict[str, list[int]]) -> dict[str, list[int]]:
     while llm.has_unfinished_requests():
         outputs |= {output.request_id: output.outputs[0].token_ids for output in llm.step()}
         llm.scheduler.check_invariants()
-    assert llm.stats().referenced_blocks == llm.stats().swap_blocks_used == len(llm.scheduler.moves) == 0
+        assert_consistent(llm.scheduler)
+    assert_nothing_is_held(llm.scheduler)
+    assert llm.stats().swap_blocks_used == len(llm.scheduler.moves) == 0
     return outputs
 
 
@@ -47,8 +51,8 @@ def test_swapping_gives_the_same_tokens_as_recomputing_for_less_work(seed: int) 
         tokens[preemption] = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
         llm.scheduler.check_invariants()
         stats[preemption] = llm.stats()
-    for prompt, wishes, output in zip(prompts, params, tokens["swap"]):
-        assert_right(prompt, wishes, output, f"seed {seed}")
+    for prompt, param, output in zip(prompts, params, tokens["swap"]):
+        assert_right(prompt, param, output, f"seed {seed}")
     assert tokens["swap"] == tokens["recompute"], f"seed {seed}"
     assert stats["swap"].num_preemptions > 0 and stats["swap"].swapped_in_tokens > 0, f"seed {seed}"
     assert stats["swap"].recomputed_tokens < stats["recompute"].recomputed_tokens, f"seed {seed}"
@@ -56,119 +60,130 @@ def test_swapping_gives_the_same_tokens_as_recomputing_for_less_work(seed: int) 
     assert (stats["recompute"].swap_blocks, stats["recompute"].swapped_in_tokens) == (0, 0)
 
 
-def cache_with_contents() -> KVCache:
-    cache = KVCache(TINY, 8, 6, 4, torch.device("cpu"), torch.float32)
-    cache.blocks.copy_(torch.rand(cache.blocks.shape))
-    cache.swapped.fill_(-1)
-    return cache
+STEM = list(range(8))  # two blocks of 4
 
 
-def test_all_layers_of_a_block_come_back_as_they_went_and_nothing_else_changes() -> None:
-    cache = cache_with_contents()
-    before = cache.blocks.clone()
-    moves = [BlockMove("out", 4, 2), BlockMove("out", 1, 0)]
-    cache.carry_out(moves)
-    assert moves == []
-    assert torch.equal(cache.swapped[[2, 0]], before[:, :, [4, 1]].permute(2, 0, 1, 3, 4, 5))
-    assert (cache.swapped[[1, 3]] == -1).all() and torch.equal(cache.blocks, before)
-    cache.blocks[:, :, [1, 4]] = 0
-    cache.carry_out([BlockMove("in", 2, 1), BlockMove("in", 0, 5), BlockMove("copy", 3, 4)])
-    assert torch.equal(cache.blocks, before[:, :, [0, 4, 2, 3, 3, 1]])
+def three_requests(long_tokens: int) -> tuple[SwappingScheduler, list[Request], dict[str, bool], list[BlockMove]]:
+    """The first request fills the pool, until it has generated `long_tokens` tokens and ends.
+
+    The other two have a common prefix of two blocks, and have been swapped out: first the last, with 10
+    computed tokens, then the second, with 14. Also returns a door, shut for waiting requests, and the moves.
+    """
+    door = {"open": True}
+
+    def doorkeeper(context: AdmissionContext) -> bool:
+        return door["open"]
+
+    scheduler = SwappingScheduler(BlockAllocator(6, 4), 4, 64, 64, doorkeeper, swap_blocks=6)
+    requests = [request_with(0, [90, 91, 92, 93], long_tokens), request_with(1, [*STEM, 50, 51], 12),
+                request_with(2, [*STEM, 60], 12)]
+    for request in requests:
+        scheduler.add(request)
+    moves: list[BlockMove] = []
+    rng = random.Random(0)
+    while requests[0].status is not RequestStatus.FINISHED:
+        moves += take_step(scheduler, rng).moves
+        door["open"] = not scheduler.swapped
+    return scheduler, requests, door, moves
 
 
-def test_moves_are_made_in_their_order() -> None:
-    cache = cache_with_contents()
-    before = cache.blocks.clone()
-    # Block 0 goes out, takes a copy of 1, is copied on to 2 by way of the CPU, and comes back itself as 1.
-    cache.carry_out([BlockMove("out", 0, 0), BlockMove("copy", 1, 0), BlockMove("out", 0, 1), BlockMove("in", 1, 2),
-                     BlockMove("in", 0, 1), BlockMove("copy", 2, 3)])
-    assert torch.equal(cache.blocks, before[:, :, [1, 0, 1, 1, 4, 5]])
+@pytest.mark.policy  # which request gives way, and when, follows from first come, first served
+def test_shared_blocks_stay_in_the_pool_until_their_last_holder_is_swapped_out_with_them() -> None:
+    scheduler, (_, second, last), _, moves = three_requests(6)
+    assert list(scheduler.swapped) == [last, second]
+    assert scheduler.swapped[last] == Swapped({2: 0}, 10), "the second request still needs the common prefix"
+    assert scheduler.swapped[second] == Swapped({0: 1, 1: 2, 2: 3, 3: 4}, 14)
+    assert [(move.kind, move.target) for move in moves] == [("to_host", block) for block in range(5)]
+    assert len({move.source for move in moves[1:]}) == 4
+    assert scheduler.swap_space.stats().referenced_blocks == 5
 
 
-def test_the_last_of_two_moves_to_one_block_counts() -> None:
-    cache = cache_with_contents()
-    before = cache.blocks.clone()
-    cache.carry_out([BlockMove("copy", 0, 5), BlockMove("copy", 1, 4), BlockMove("copy", 2, 5)])
-    assert torch.equal(cache.blocks, before[:, :, [0, 1, 2, 3, 1, 2]])
+@pytest.mark.policy
+@pytest.mark.parametrize("long_tokens, abort_second, restored", [
+    # (tokens found in the pool, tokens restored) of the second request, and of the last
+    (6, False, [(12, 2), (8, 2)]),
+    (10, False, [(8, 6), (8, 2)]),  # the first request has evicted one block of the second
+    (14, False, [(4, 10), (8, 2)]),  # two: what the second brings back is found by the last
+    (18, False, [(0, 14), (8, 2)]),
+    (6, True, [(8, 2)]),
+    (14, True, [(4, 0)]),  # the common prefix is gone in part, so what was swapped out is computed again too
+    (18, True, [(0, 0)]),
+])
+def test_swapped_blocks_are_restored_behind_the_prefix_that_is_still_found(
+        long_tokens: int, abort_second: bool, restored: list[tuple[int, int]]) -> None:
+    scheduler, (_, second, last), door, _ = three_requests(long_tokens)
+    kept = dict(scheduler.swapped)
+    if abort_second:
+        scheduler.abort(second)
+    door["open"] = True
+    step = scheduler.schedule()
+    assert [(admission.hit_tokens, admission.restored_tokens) for admission in step.admitted] == restored
+    assert [admission.request for admission in step.admitted] == ([last] if abort_second else [second, last])
+    wanted = []
+    for request, _, hit, num_restored, is_first in step.admitted:
+        assert not is_first and request.num_computed_tokens == hit + num_restored
+        wanted += [BlockMove("to_pool", kept[request].blocks[i], request.block_table[i])
+                   for i in range(hit // 4, -(-(hit + num_restored) // 4))]
+    assert step.moves == wanted
+    assert not scheduler.swapped and scheduler.swap_space.stats().referenced_blocks == 0
+    scheduler.check_invariants()
+    assert_consistent(scheduler)
 
 
-def test_moves_that_fail_are_made_the_next_time_and_those_before_them_are_not_repeated() -> None:
-    cache = cache_with_contents()
-    before, swapped = cache.blocks.clone(), cache.swapped
-    moves = [BlockMove("copy", 0, 5), BlockMove("out", 1, 3), BlockMove("in", 3, 2)]
-    cache.swapped = swapped[:0]
-    with pytest.raises(IndexError):
-        cache.carry_out(moves)
-    assert moves == [BlockMove("out", 1, 3), BlockMove("in", 3, 2)]
-    cache.swapped = swapped
-    cache.carry_out(moves)
-    assert moves == [] and torch.equal(cache.blocks, before[:, :, [0, 1, 1, 3, 4, 0]])
+@pytest.mark.policy
+def test_a_partly_filled_block_that_two_continuations_share_is_swapped_out_for_each() -> None:
+    scheduler = SwappingScheduler(BlockAllocator(2, 4), 4, 64, 64, lambda context: True, swap_blocks=4)
+    long, pair = request_with(0, [9] * 4, 5), request_with(1, [1, 2, 3], 5, n=2)
+    for request in (long, pair):
+        scheduler.add(request)
+    (follower,) = pair.followers
+    rng = random.Random(0)
+    take_step(scheduler, rng)
+    (shared,) = pair.block_table
+    assert follower.block_table == [shared]
+    step = take_step(scheduler, rng)
+    assert step.preempted == [follower, pair]
+    assert step.moves == [BlockMove("to_host", shared, 0), BlockMove("to_host", shared, 1)], "it cannot be found again"
+    while scheduler.has_unfinished():
+        take_step(scheduler, rng)
+    assert scheduler.stats.recomputed_tokens == 0 and scheduler.stats.swapped_in_tokens > 0
 
 
-def holder(pool: BlockAllocator, shared: list[int], tokens: int) -> Request:
-    """A request that holds `shared` full blocks and its own after them, with `tokens` computed."""
-    request = Request(str(tokens), list(range(tokens + 1)), SamplingParams())
-    pool.take_prefix(shared)
-    request.block_table = shared + [pool.take() for _ in range(-(-tokens // 4) - len(shared))]
-    request.num_computed_tokens = tokens
-    return request
+def test_the_invariants_count_the_blocks_in_cpu_memory_too() -> None:
+    scheduler, (_, second, _), _, _ = three_requests(6)
+    scheduler.check_invariants()
+    leaked = scheduler.swap_space.take()
+    with pytest.raises(InvariantError, match=f"block {leaked} counts 1 holders, but 0 tables name it"):
+        scheduler.check_invariants()
+    scheduler.swap_space.give_back(leaked)
+    scheduler.swapped[request_with(3, [1])] = scheduler.swapped.pop(second)
+    with pytest.raises(InvariantError, match="belong to requests that do not wait.*'3.0'"):
+        scheduler.check_invariants()
 
 
-def test_shared_blocks_stay_while_another_needs_them_and_are_moved_once_by_the_last_holder() -> None:
-    pool, moves = BlockAllocator(10, 4), []
-    swap = SwapSpace(6, pool, moves)
-    shared = []
-    for i in range(2):
-        shared.append(pool.take())
-        pool.fill(shared[i], 4)
-        pool.publish(shared[i], shared[i - 1] if i else None, list(range(4 * i, 4 * i + 4)))
-    first, last = holder(pool, shared, 10), holder(pool, shared, 13)
-    pool.give_back_all(shared[:])  # they alone hold them
-    own, others = first.block_table[2:], last.block_table[2:]
-    assert swap.swap_out(first) and first.swapped_blocks.keys() == {2}
-    assert moves == [BlockMove("out", own[0], 0)]
-    pool.give_back_all(first.block_table)
-    assert swap.swap_out(last) and last.swapped_blocks.keys() == {0, 1, 2, 3}
-    assert moves[1:] == [BlockMove("out", block, i) for i, block in enumerate([*shared, *others], 1)]
-    pool.give_back_all(last.block_table)
-    # The shared beginning is cached still: one finds it there, and without it could restore nothing.
-    assert [swap.restorable_tokens(first, found) for found in (0, 1, 2)] == [0, 4, 10]
-    assert [swap.restorable_tokens(last, found) for found in (0, 1, 4)] == [13, 13, 16]
-    del moves[:]
-    prefix = pool.find_prefix(first.token_ids, 10)
-    pool.take_prefix(prefix)
-    first.block_table = list(prefix)
-    assert prefix == shared and swap.swap_in(first) == 10
-    assert moves == [BlockMove("in", 0, first.block_table[2])] and not first.swapped_blocks
-    assert swap.swap_in(last) == 13, "with no beginning found, all of it is brought back"
-    assert pool.stats().filled_slots == 10 + 13
-    pool.check_invariants([first.block_table, last.block_table])
-    assert [move.target for move in moves[1:]] == last.block_table and swap.allocator.num_available == 6
+@pytest.mark.parametrize("swap_blocks, error", [(0, ValueError), (-1, ValueError), (None, TypeError), (2.0, TypeError)])
+def test_an_invalid_number_of_swap_blocks_is_refused(swap_blocks: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match="swap_blocks must be"):
+        SwappingScheduler(BlockAllocator(8, 4), 8, 64, 64, swap_blocks=swap_blocks)
 
 
-def test_a_last_block_that_siblings_share_is_moved_for_each_since_it_cannot_be_found_again() -> None:
-    pool, moves = BlockAllocator(4, 4), []
-    swap, request = SwapSpace(4, pool, moves), holder(pool, [], 3)
-    pool.share(request.block_table[0])
-    assert swap.swap_out(request) and moves == [BlockMove("out", request.block_table[0], 0)]
-
-
-def pair_with_one_in_cpu_memory(**options) -> tuple[LLM, Request]:
-    """Two requests in a pool too small for both, right after the younger has given way."""
+def pair_with_one_in_cpu_memory(**options: object) -> tuple[LLM, Request]:
+    """Two requests in a pool too small for both, right after the second has given way."""
     llm = tiny_llm(MODEL, num_blocks=8, preemption="swap", admission="greedy", **options)
     ids = [llm.add_request([token] * 20, GREEDY) for token in (1, 2)]
-    victim = llm._groups[ids[1]][0]
+    (victim,) = llm._groups[ids[1]]
     while not victim.metrics.preemptions:
         llm.step()
         llm.scheduler.check_invariants()
     return llm, victim
 
 
-def test_a_request_is_swapped_out_with_all_it_has_computed_and_comes_back_with_it() -> None:
+def test_a_request_is_swapped_out_with_all_its_computed_tokens_and_comes_back_with_them() -> None:
     llm, victim = pair_with_one_in_cpu_memory()
-    assert victim.status is RequestStatus.SWAPPED and victim.block_table == []
-    assert llm.stats().swap_blocks_used == len(victim.swapped_blocks) == 4
-    assert victim.num_swapped_tokens == len(victim.token_ids) - 1
+    assert victim.status is RequestStatus.WAITING and victim.block_table == []
+    swapped = llm.scheduler.swapped[victim]
+    assert llm.stats().swap_blocks_used == len(swapped.blocks) == 4
+    assert swapped.num_tokens == len(victim.token_ids) - 1
     outputs = finish(llm, {})
     assert_right([1] * 20, GREEDY, outputs["0"])
     assert_right([2] * 20, GREEDY, outputs["1"])
@@ -181,26 +196,26 @@ def test_aborting_a_swapped_request_gives_its_cpu_blocks_back() -> None:
     output = llm.abort_request("1")
     llm.scheduler.check_invariants()
     assert llm.stats().swap_blocks_used == 0 and output.outputs[0].finish_reason == "abort"
-    assert victim.status is RequestStatus.FINISHED and victim.swapped_blocks == {}
+    assert victim.status is RequestStatus.FINISHED and not llm.scheduler.swapped
     assert_right([1] * 20, GREEDY, finish(llm, {})["0"])
 
 
-@pytest.mark.parametrize("swap_blocks, status", [(3, RequestStatus.WAITING), (4, RequestStatus.SWAPPED)])
-def test_what_does_not_fit_the_cpu_blocks_as_a_whole_is_recomputed(swap_blocks: int, status: RequestStatus) -> None:
+@pytest.mark.parametrize("swap_blocks, fits", [(3, False), (4, True)])
+def test_a_request_that_does_not_fit_the_cpu_blocks_as_a_whole_is_recomputed(swap_blocks: int, fits: bool) -> None:
     llm, victim = pair_with_one_in_cpu_memory(swap_blocks=swap_blocks, enable_prefix_caching=False)
-    assert victim.status is status
-    assert llm.stats().swap_blocks_used == (4 if status is RequestStatus.SWAPPED else 0)
+    assert victim.status is RequestStatus.WAITING and (victim in llm.scheduler.swapped) == fits
+    assert llm.stats().swap_blocks_used == (4 if fits else 0)
     outputs = finish(llm, {})
     for token in (1, 2):
         assert_right([token] * 20, GREEDY, outputs[str(token - 1)])
-    assert (llm.stats().recomputed_tokens > 0) == (status is RequestStatus.WAITING)
+    assert (llm.stats().recomputed_tokens == 0) == fits
 
 
-@pytest.mark.parametrize("wait_until_it_is_gone", [True, False])
-def test_a_shared_beginning_that_vanished_is_recomputed_with_all_after_it(wait_until_it_is_gone: bool) -> None:
+@pytest.mark.parametrize("wait_until_it_is_evicted", [True, False])
+def test_a_prefix_that_was_evicted_is_recomputed_with_all_that_follows_it(wait_until_it_is_evicted: bool) -> None:
     door = {"open": True}
 
-    def doorkeeper(now: Situation) -> bool:
+    def doorkeeper(context: AdmissionContext) -> bool:
         return door["open"]
 
     llm = tiny_llm(MODEL, num_blocks=8, preemption="swap", admission=doorkeeper)
@@ -210,22 +225,22 @@ def test_a_shared_beginning_that_vanished_is_recomputed_with_all_after_it(wait_u
             "2": (stem + [2, 3], SamplingParams(temperature=0, max_tokens=40))}
     for prompt, params in work.values():
         llm.add_request(prompt, params)
-    long, _, victim = (llm._groups[request_id][0] for request_id in work)
+    long, _, victim = (request for group in llm._groups.values() for request in group)
     outputs: dict[str, list[int]] = {}
     while "1" in llm._groups:
         outputs |= {output.request_id: output.outputs[0].token_ids for output in llm.step()}
-        if victim.status is RequestStatus.SWAPPED:
+        if victim in llm.scheduler.swapped:
             door["open"] = False
-    assert victim.status is RequestStatus.SWAPPED and min(victim.swapped_blocks) == 2, "the beginning is shared"
-    assert len(llm.scheduler.allocator.find_prefix(stem, 16)) == 2, "cached, now that nobody holds it"
-    while wait_until_it_is_gone and llm.scheduler.allocator.find_prefix(stem, 16):
+    assert min(llm.scheduler.swapped[victim].blocks) == 2, "the prefix is shared"
+    assert len(llm.scheduler.allocator.find_prefix(stem, 16)) == 2, "cached: it has no holder any more"
+    while wait_until_it_is_evicted and llm.scheduler.allocator.find_prefix(stem, 16):
         llm.step()
     door["open"] = True
     outputs = finish(llm, outputs)
     for request_id, (prompt, params) in work.items():
         assert_right(prompt, params, outputs[request_id])
     assert long.metrics.preemptions == 0
-    if wait_until_it_is_gone:
+    if wait_until_it_is_evicted:
         assert llm.stats().swapped_in_tokens == 0 and victim.metrics.recomputed_tokens >= 16
     else:
         assert llm.stats().swapped_in_tokens > 0

@@ -294,7 +294,7 @@ def test_without_the_folder_pressure_one_line_says_that_it_is_needed(left: str, 
     done = as_module(*SMALL, directory=tmp_path, package=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == ("python -m nanopaged.simulate: error: this needs the folder nanopaged/pressure/, which is "
-                           "not there: restore it\n")
+                           "missing: restore it\n")
 
 
 def test_it_runs_without_torch() -> None:
