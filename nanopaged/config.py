@@ -26,10 +26,12 @@ from nanopaged.waiting import AdmissionPolicy, OrderPolicy, fcfs, watermark
 if TYPE_CHECKING:
     from nanopaged.pressure.storm import StormWatch
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The options of `LLM`.
+    """The options of `LLM`, checked here as far as they do not depend on the machine and the model.
 
     Attributes:
         device: "auto" (CUDA if there is a CUDA device, else the CPU), "cpu", "cuda" or "cuda:N".
@@ -88,6 +90,8 @@ class EngineConfig:
     tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
+        require_choice("dtype", str(self.dtype).removeprefix("torch."), DTYPES)  # torch.float16 itself is welcome too
+        require_choice("attention", self.attention, ("auto", "triton", "torch"))
         for name in ("compile", "enforce_eager", "enable_prefix_caching"):
             require_choice(name, getattr(self, name), (True, False))
         require_int("block_size", self.block_size, 8, 256)
@@ -143,14 +147,14 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")  # torch.float16 itself is welcome too
-    if require_choice("dtype", name, ("auto", "float32", "float16", "bfloat16")) == "auto":
+    name = str(dtype).removeprefix("torch.")
+    if require_choice("dtype", name, DTYPES) == "auto":
         name = "float16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
 
 
 def resolve_attention(config: EngineConfig, device: torch.device) -> AttentionBackend:
-    attention = require_choice("attention", config.attention, ("auto", "triton", "torch"))
+    attention = config.attention
     if config.compile:
         if device.type != "cpu" or attention == "triton":
             raise ValueError("compile=True is for the torch attention on a CPU: leave it out, or set device='cpu' and "

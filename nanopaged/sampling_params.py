@@ -86,7 +86,7 @@ def one_for_each(prompts: object, sampling_params: object) -> list[tuple[object,
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, (list, tuple)) or any(isinstance(prompt, int) for prompt in prompts):
         raise TypeError("prompts must be a str, or a list of str and of lists of token ids ([[1, 2, 3]] is one prompt "
-                        f"of three tokens), got {prompts!r:.80}")
+                        f"of three tokens), got {shown(prompts)}")
     if not isinstance(sampling_params, (list, tuple)):
         sampling_params = [sampling_params] * len(prompts)
     if len(sampling_params) != len(prompts):

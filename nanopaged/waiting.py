@@ -18,6 +18,7 @@ from nanopaged.validation import require_number
 if TYPE_CHECKING:
     from nanopaged.scheduler import Scheduler
 
+
 class TooManyWaiting(RuntimeError):
     """The queue is full: send the request again later, or elsewhere. Nothing was changed."""
 

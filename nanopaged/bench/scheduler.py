@@ -20,7 +20,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.pressure.admission import reserve

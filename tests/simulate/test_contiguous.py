@@ -16,6 +16,7 @@ from nanopaged.simulate.simulator import memory_refused
 from nanopaged.waiting import OrderPolicy, fcfs
 from tests.recount import assert_consistent, assert_nothing_is_held
 
+
 def test_first_fit_takes_the_leftmost_gap_that_has_room() -> None:
     allocator = ContiguousAllocator(100)
     starts = [allocator.take(n) for n in (10, 20, 30, 40)]
