@@ -97,4 +97,4 @@ class Listeners(list[Listener]):
                 getattr(listener, event)(subject)
             except Exception:
                 logger.exception("a listener raised, and is told nothing from here on: %r", listener)
-                self.remove(listener)
+                self[:] = [other for other in self if other is not listener]  # `remove` would ask for equality

@@ -74,8 +74,8 @@ def refuse_what_never_fits(request: Request, max_length: int, full_blocks: int, 
         raise ValueError(f"n={seats} continuations need as many seats, max_num_seqs is {scheduler.max_num_seqs}")
     if full_blocks > pool:
         raise ValueError(f"the request can never fit: its {prompt} prompt tokens and up to {max_length - prompt} "
-                         f"output tokens need {full_blocks} blocks of {scheduler.block_size}, and the whole pool has {pool}"
-                         ": lower max_tokens, or raise num_blocks")
+                         f"output tokens need {full_blocks} blocks of {scheduler.block_size}, and the whole pool has "
+                         f"{pool}: lower max_tokens, or raise num_blocks")
     empty = AdmissionContext(pool=pool, available=pool, committed=0, chunk=0, prompt=0, full=full_blocks * seats)
     if not scheduler.admission(empty):
         raise ValueError(f"the request can never fit: the admission policy refuses it even in an empty pool, {empty}")

@@ -15,7 +15,7 @@ if not HAS_GPU:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "policy: holds for one policy (an order, an admission, an eviction); change it with that")
+    config.addinivalue_line("markers", "policy: holds for one policy (of order, admission or eviction) only")
     config.addinivalue_line("markers", "gpu_too: runs anywhere, and on a CUDA device where there is one")
 
 

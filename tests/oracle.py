@@ -21,7 +21,8 @@ def tiny_model(config: GPT2Config = TINY, seed: int = 0) -> GPT2:
     return model
 
 
-def continue_densely(model: GPT2, prompt: list[int], params: SamplingParams, max_model_len: int | None = None) -> list[int]:
+def continue_densely(model: GPT2, prompt: list[int], params: SamplingParams,
+                     max_model_len: int | None = None) -> list[int]:
     """The tokens that a request must get, whatever else runs: computed from the start for each one."""
     limit = min(len(prompt) + params.max_tokens, max_model_len or model.config.n_positions)
     request = Request("oracle", prompt, params, model.config.eos_token_id, params.seed or 0)
@@ -43,7 +44,8 @@ def assert_dense_continuation(model: GPT2, prompt: list[int], params: SamplingPa
             draws.append(Request("oracle", prompt, params, model.config.eos_token_id, seed))
             draws[i].token_ids += output[:i]
         for i, (token, wanted) in enumerate(zip(output, sample(logits, draws))):
-            assert token == wanted or is_close_call(logits[i], draws[i], token), f"{token}, not {wanted}, at {i}: {where}"
+            right = token == wanted or is_close_call(logits[i], draws[i], token)
+            assert right, f"{token}, not {wanted}, at {i}: {where}"
     assert not set(output[:-1]) & set(params.stop_token_ids), f"went on past a stop token: {where}"
     if finished:
         limit = min(params.max_tokens, model.config.n_positions - len(prompt))

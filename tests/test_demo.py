@@ -49,7 +49,8 @@ def test_prompts_of_ones_own_are_continued() -> None:
     assert result.returncode == 0, result.stderr
     assert "one two three, one two three\n" in result.stdout.replace(", one two three, ", ", one two three\n")
     assert "abcabcabcabcabc" in result.stdout
-    assert re.search(r"tokens generated +12\b", result.stdout) and re.search(r"peak blocks used +\d+ of 20", result.stdout)
+    assert re.search(r"tokens generated +12\b", result.stdout)
+    assert re.search(r"peak blocks used +\d+ of 20", result.stdout)
 
 
 def test_the_picture_shows_every_block_and_whose_it_is(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -105,6 +106,6 @@ def test_help_names_every_option() -> None:
     result = run_demo("--help")
     assert result.returncode == 0
     for option in ("--model", "--prompt", "--max-tokens", "--num-blocks", "--block-size", "--device", "--attention",
-                   "--temperature", "--seed", "--workload", "--admission", "--watermark", "--preemption", "--swap-blocks",
-                   "--max-num-seqs"):
+                   "--temperature", "--seed", "--workload", "--requests", "--admission", "--watermark", "--preemption",
+                   "--swap-blocks", "--max-num-seqs"):
         assert option in result.stdout

@@ -23,7 +23,7 @@ def tiny_llm(model: GPT2 | None = None, **options) -> LLM:
 
 
 def random_prompts(rng: random.Random, count: int) -> list[list[int]]:
-    """Prompts of unlike lengths, most of which begin alike."""
+    """Prompts of different lengths, most of which share a prefix."""
     stem = [rng.randrange(TINY.vocab_size) for _ in range(40)]
     return [stem[: rng.choice([0, 0, 7, 16, 33])] + [rng.randrange(TINY.vocab_size) for _ in range(rng.randint(1, 12))]
             for _ in range(count)]
@@ -45,7 +45,8 @@ def run_random_mixture(seed: int, check_every_step: bool = True, **fixed) -> int
     block_size = rng.choice([8, 8, 16])
     barely = max(-(-(len(p) + q.max_tokens) // block_size) for p, q in zip(prompts, params))
     options = {
-        "block_size": block_size, "num_blocks": barely + rng.choice([0, 1, 2, 20]), "max_num_seqs": rng.choice([1, 3, 9, 9]),
+        "block_size": block_size, "num_blocks": barely + rng.choice([0, 1, 2, 20]),
+        "max_num_seqs": rng.choice([1, 3, 9, 9]),
         "max_num_batched_tokens": rng.choice([2, 9, 30, 100, 500]), "enable_prefix_caching": rng.random() < 0.7,
         "watermark": rng.choice([0.0, 0.0, 0.3])} | fixed
     llm = tiny_llm(model, **options)
@@ -95,12 +96,13 @@ def test_grouped_query_models_run_with_a_smaller_cache(n_kv_head: int) -> None:
         assert output.outputs[0].token_ids == continue_densely(model, prompt, GREEDY)
 
 
-def test_a_seeded_request_gets_the_same_tokens_alone_and_in_company() -> None:
+def test_a_seeded_request_gets_the_same_tokens_alone_and_beside_others() -> None:
     params = SamplingParams(seed=5, max_tokens=20)
     alone = tiny_llm().generate([[1, 2, 3]], params)[0]
     rng = random.Random(1)
-    company = tiny_llm(seed=9).generate([*random_prompts(rng, 5), [1, 2, 3]], [random_params(rng) for _ in range(5)] + [params])
-    assert company[-1].outputs[0].token_ids == alone.outputs[0].token_ids
+    together = tiny_llm(seed=9).generate([*random_prompts(rng, 5), [1, 2, 3]],
+                                         [random_params(rng) for _ in range(5)] + [params])
+    assert together[-1].outputs[0].token_ids == alone.outputs[0].token_ids
 
 
 def test_requests_without_a_seed_differ_from_each_other_but_not_from_run_to_run() -> None:
@@ -131,7 +133,8 @@ def test_generate_leaves_the_outputs_of_others_to_step() -> None:
     assert llm.has_unfinished_requests()
     (output,) = llm.step()
     assert output.request_id == other and output.finished
-    assert output.outputs[0].token_ids == continue_densely(tiny_model(), [1, 2, 3], SamplingParams(temperature=0, max_tokens=2))
+    params = SamplingParams(temperature=0, max_tokens=2)
+    assert output.outputs[0].token_ids == continue_densely(tiny_model(), [1, 2, 3], params)
     assert not llm.has_unfinished_requests()
 
 
@@ -188,7 +191,8 @@ def test_the_end_of_text_token_stops_a_request_unless_it_is_ignored() -> None:
 
 def test_a_stop_token_id_ends_the_output_and_is_no_text() -> None:
     llm = LLM("copycat", device="cpu", num_blocks=64)
-    (output,) = llm.generate("one two three four; one two three", SamplingParams(temperature=0, stop_token_ids=[ord("u")]))
+    params = SamplingParams(temperature=0, stop_token_ids=[ord("u")])
+    (output,) = llm.generate("one two three four; one two three", params)
     assert output.outputs[0].text == " fo" and output.outputs[0].token_ids == list(b" fou")
 
 
@@ -197,8 +201,9 @@ def test_a_request_ends_where_the_models_context_ends() -> None:
     (output,) = llm.generate([[3] * 15], SamplingParams(temperature=0, max_tokens=50))
     assert len(output.outputs[0].token_ids) == 5 and output.outputs[0].finish_reason == "length"
     full = tiny_llm(num_blocks=12)  # 12 * 8 = 96 positions: the model's context and the pool, to the last slot
-    (output,) = full.generate([[3] * 90], SamplingParams(temperature=0, max_tokens=50))
-    assert output.outputs[0].token_ids == continue_densely(tiny_model(), [3] * 90, SamplingParams(temperature=0, max_tokens=50))
+    params = SamplingParams(temperature=0, max_tokens=50)
+    (output,) = full.generate([[3] * 90], params)
+    assert output.outputs[0].token_ids == continue_densely(tiny_model(), [3] * 90, params)
 
 
 def test_a_prompt_that_is_cached_to_its_last_token_is_answered_again() -> None:
@@ -237,7 +242,8 @@ def test_the_statistics_are_plain_numbers_that_add_up() -> None:
 def test_the_pool_is_sized_from_free_memory_but_never_larger_than_useful(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(tiny_model(), device="cpu", block_size=8, max_num_seqs=3)
     assert llm.stats().num_blocks == 3 * 96 // 8
-    monkeypatch.setattr("nanopaged.kv_cache.free_bytes", lambda *_: 10 * 2 * 2 * 2 * 8 * 16 * 4 + 1)  # ten blocks, and a byte
+    ten_blocks = 10 * 2 * 2 * 2 * 8 * 16 * 4
+    monkeypatch.setattr("nanopaged.kv_cache.free_bytes", lambda *_: ten_blocks + 1)
     assert LLM(tiny_model(), device="cpu", block_size=8).stats().num_blocks == 10
 
 

@@ -20,7 +20,7 @@ from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams
 from nanopaged.scheduler import Scheduler
 from nanopaged.step import Step
-from nanopaged.waiting import AdmissionPolicy, OrderPolicy, fcfs, watermark
+from nanopaged.waiting import AdmissionContext, AdmissionPolicy, OrderPolicy, fcfs, watermark
 from tests.recount import assert_consistent, assert_nothing_is_held, assert_writes_are_exclusive
 
 VOCABULARY = 50
@@ -43,6 +43,11 @@ def continuation(prompt: list[int], num_tokens: int, stop: Container[int] = ()) 
     return output
 
 
+def prompt_fits(context: AdmissionContext) -> bool:
+    """Lets requests be preempted, whatever the default of admission is."""
+    return context.available >= context.prompt
+
+
 class Engine:
     """A scheduler and the model over its pool; checks at every step what must always hold, for any policy.
 
@@ -51,7 +56,7 @@ class Engine:
     """
 
     def __init__(self, num_blocks: int = 64, block_size: int = 4, seats: int = 8, budget: int = 64,
-                 max_model_len: int = 128, admission: AdmissionPolicy = watermark(0.0), order: OrderPolicy = fcfs,
+                 max_model_len: int = 128, admission: AdmissionPolicy = prompt_fits, order: OrderPolicy = fcfs,
                  sharing: bool = True) -> None:
         self.allocator = BlockAllocator(num_blocks, block_size, sharing)
         self.scheduler = Scheduler(self.allocator, seats, budget, max_model_len, admission, order,
@@ -173,7 +178,7 @@ def test_a_request_joins_while_others_run_and_leaves_when_it_is_done() -> None:
     long = engine.add([1, 2], max_tokens=6)
     engine.step()
     short = engine.add([3, 4], max_tokens=2)
-    assert [engine.step().requests for _ in range(3)] == [[long, short], [long, short], [long]]
+    assert [set(engine.step().requests) for _ in range(3)] == [{long, short}, {long, short}, {long}]
 
 
 def test_no_more_requests_run_than_there_are_seats() -> None:
@@ -209,7 +214,7 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode_in_the_same_ste
     engine = Engine(budget=8)
     decoding = engine.add([1, 2], max_tokens=8)
     engine.step()
-    long = engine.add(prompt_of(20), max_tokens=2)
+    long = engine.add(prompt_of(20), max_tokens=8)
     steps = [engine.step() for _ in range(4)]
     assert [step.requests for step in steps] == [[decoding, long]] * 4
     assert [step.num_tokens for step in steps] == [[1, 7], [1, 7], [1, 6], [1, 1]]
@@ -255,10 +260,10 @@ def test_cached_blocks_that_a_hit_takes_are_not_counted_as_room() -> None:
     engine.run()
     assert engine.allocator.stats().cached_blocks == 3
     engine.add(prompt_of(9, 1), max_tokens=4)  # three blocks: six were available, three are now, all of them cached
-    hit = engine.add(prompt_of(13), max_tokens=1)
+    hit = engine.add(prompt_of(13), max_tokens=4)
     engine.step()
-    assert engine.waiting == [hit], "it needs one block beside the three that it would revive"
-    assert engine.run()[2] == continuation(prompt_of(13), 1)
+    assert engine.waiting == [hit], "it needs one block beside the three cached ones that it would hold"
+    assert engine.run()[2] == continuation(prompt_of(13), 4)
 
 
 @pytest.mark.policy
@@ -305,7 +310,8 @@ def test_the_first_running_request_advances_in_every_step_and_never_gives_way(se
     assert engine.scheduler.stats.num_preemptions > 0, f"seed {seed} preempts no request"
 
 
-def test_a_resumed_request_shares_the_common_prefix_and_its_table_covers_every_token() -> None:
+@pytest.mark.policy
+def test_under_fcfs_a_resumed_request_shares_the_common_prefix_and_its_table_covers_every_token() -> None:
     engine = Engine(num_blocks=9, block_size=2)
     prompts = [[1, 2, 3, 4, last] for last in (5, 6, 7)]
     lengths = 10, 6, 8
@@ -592,7 +598,8 @@ def test_aborting_a_finished_request_is_an_error_and_changes_nothing() -> None:
 # Figures.
 
 
-def test_the_statistics_are_exact() -> None:
+@pytest.mark.policy
+def test_under_fcfs_the_statistics_are_exact() -> None:
     engine = Engine(num_blocks=4, block_size=2, seats=2)
     engine.add([1, 2], max_tokens=6)
     engine.add([3, 4], max_tokens=4)
@@ -609,7 +616,8 @@ def test_the_statistics_are_exact() -> None:
     assert engine.allocator.stats().prefix_hit_tokens == hits
 
 
-def test_prompt_hits_are_counted_when_a_request_first_runs_and_not_when_it_resumes() -> None:
+@pytest.mark.policy
+def test_under_lru_prompt_hits_are_counted_when_a_request_first_runs_and_not_when_it_resumes() -> None:
     engine = Engine(num_blocks=6, block_size=2)
     engine.add([1, 2, 3, 4], max_tokens=1)
     engine.run()
