@@ -95,9 +95,11 @@ class LLM:
         members = [Request(f"{request_id}.{i}", prompt, params, shape.eos_token_id, continuation_seed(seed, i),
                            priority, group_id=request_id) for i in range(params.n)]
         members[0].followers = members[1:]
-        self.scheduler.add(members[0])
-        self._num_added += 1
-        self._groups[request_id] = {member: TextStream(self.tokenizer, params.stop) for member in members}
+        group = {member: TextStream(self.tokenizer, params.stop) for member in members}
+        with uninterrupted():
+            self.scheduler.add(members[0])
+            self._num_added += 1
+            self._groups[request_id] = group
         return request_id
 
     def step(self) -> list[RequestOutput]:

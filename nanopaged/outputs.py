@@ -102,9 +102,6 @@ class SchedulerStats:
     output_tokens: int = 0
     referenced_block_steps: int = 0  # referenced blocks, added up over the steps
 
-    def added(self, request: Request) -> None:
-        """Nothing is counted before a request is admitted."""
-
     def stepped(self, step: Step) -> None:
         self.num_steps += 1
         self.num_preemptions += len(step.preempted)

@@ -46,14 +46,12 @@ class Scheduler:
     def __init__(self, allocator: BlockAllocator, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
                  admission: AdmissionPolicy = watermark(0.01), order: OrderPolicy = fcfs,
                  max_waiting: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.allocator = allocator
-        self.block_size = allocator.block_size
+        self.allocator, self.block_size = allocator, allocator.block_size
         self.max_num_seqs = require_int("max_num_seqs", max_num_seqs, 1)
         self.max_num_batched_tokens = require_int("max_num_batched_tokens", max_num_batched_tokens, 1)
         self.max_model_len = require_int("max_model_len", max_model_len, 2)
-        self.admission, self.order = admission, order
+        self.admission, self.order, self.clock = admission, order, clock
         self.max_waiting = max_waiting if max_waiting is None else require_int("max_waiting", max_waiting, 1)
-        self.clock = clock
         self.running: list[Request] = []  # sorted by key
         self.waiting = WaitingQueue()
         self.committed_seats = self.committed_blocks = 0  # of running requests and their followers, at full length
@@ -92,15 +90,15 @@ class Scheduler:
         """
         step, unrecorded = Step(self.max_num_batched_tokens), self._unrecorded
         if unrecorded is not None:  # it was not carried out, but these have happened
-            step.admitted, step.preempted = unrecorded.admitted, unrecorded.preempted
-        num_preempted = len(step.preempted)
+            step.moves, step.admitted, step.preempted = unrecorded.moves, unrecorded.admitted, unrecorded.preempted
+        num_moves, num_preempted = len(self.moves), len(step.preempted)
         for request in self.running:  # `_make_room` takes requests off its end meanwhile
             if step.budget == 0 or not self._plan(request, step):
                 break
         if len(step.preempted) == num_preempted:  # else the next free blocks are for those that gave way
             self._admit(step)
         step.arrange()
-        step.moves = self.moves[:]
+        step.moves += self.moves[num_moves:]
         self._unrecorded = step
         return step
 
@@ -134,7 +132,7 @@ class Scheduler:
             self.moves.append(BlockMove("copy", table[tail], copy))
             table[tail] = copy
         request.may_share_tail = False
-        table.extend(allocator.take() for _ in range(missing))
+        table += [allocator.take() for _ in range(missing)]
         return True
 
     def _shares_tail(self, request: Request) -> bool:
@@ -180,7 +178,7 @@ class Scheduler:
         end = min(known, hit + self._restorable_tokens(request, hit) + budget)
         context = AdmissionContext(
             pool=allocator.num_blocks, committed=self.committed_blocks, full=request.full_blocks * request.num_seats,
-            available=allocator.num_available - sum(allocator.ref_count(block) == 0 for block in prefix),
+            available=allocator.num_available - sum([allocator.ref_count(block) == 0 for block in prefix]),
             chunk=self._blocks_for(end) - len(prefix), prompt=self._blocks_for(known) - len(prefix))
         return context.available >= context.chunk and self.admission(context)
 
@@ -224,8 +222,8 @@ class Scheduler:
                     self._publish(request, i)
             if filled:
                 allocator.fill(request.block_table[tail], filled)
-            if request.followers and end == len(request.token_ids):
-                self._start_followers(request)
+        for leader in step.leaders:
+            self._start_followers(leader)
         now = self.clock()
         for _, request in step.sampled:
             request.receive(token_ids[request], now)

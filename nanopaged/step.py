@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 from nanopaged.request import Request
@@ -45,8 +46,10 @@ class Step:
     # (i, request): a token for `request` is drawn from the logits of requests[i]'s last row. It is that
     # request, or one of its followers, which start with this token.
     sampled: list[tuple[int, Request]] = field(default_factory=list)
-    moves: list[BlockMove] = field(default_factory=list)  # to be made before the step is computed
+    leaders: list[Request] = field(default_factory=list)  # whose followers start
+    computed_tokens: int = 0
     # Since the step that was recorded last; a plan that was not carried out has its part in it.
+    moves: list[BlockMove] = field(default_factory=list)  # made before the step is computed
     admitted: list[Admission] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     # Known once the step is recorded.
@@ -54,25 +57,25 @@ class Step:
     recomputed_tokens: int = 0  # tokens that the same request had in the pool, and lost
     referenced_blocks: int = 0
 
-    @property
-    def computed_tokens(self) -> int:
-        return sum(self.num_tokens)
-
     def arrange(self) -> None:
         """Moves decoding requests to the front, and decides for which requests tokens are drawn."""
-        self.num_decodes = self.num_tokens.count(1)
-        if 0 < self.num_decodes < len(self.requests):
+        self.computed_tokens, self.num_decodes = sum(self.num_tokens), self.num_tokens.count(1)
+        if self.num_tokens[: self.num_decodes].count(1) < self.num_decodes:  # else they stand there already
             rows = sorted(zip(self.requests, self.starts, self.num_tokens), key=lambda row: row[2] > 1)  # stable
             self.requests, self.starts, self.num_tokens = map(list, zip(*rows))
-        for i, (request, start, num_tokens) in enumerate(zip(self.requests, self.starts, self.num_tokens)):
-            if start + num_tokens == len(request.token_ids):
-                self.sampled.append((i, request))
-                if request.followers:
-                    self.sampled += [(i, follower) for follower in request.followers]
+        planned = zip(count(), self.requests, self.starts, self.num_tokens)
+        self.sampled = [(i, request) for i, request, start, num_tokens in planned
+                        if start + num_tokens == len(request.token_ids)]
+        self.leaders = [request for _, request in self.sampled if request.followers]
+        if self.leaders:
+            self.sampled = [(i, member) for i, request in self.sampled for member in (request, *request.followers)]
 
 
 class Listener:
-    """Is told what happened, once the state is consistent. It may read everything, and call nothing that changes it."""
+    """Is told what happened, once the state is consistent. It may read everything, and call nothing that changes it.
+
+    A base for listeners; any object that has one of these methods is one.
+    """
 
     def added(self, request: Request) -> None:
         """A request was queued."""
@@ -93,8 +96,11 @@ class Listeners(list[Listener]):
     def tell(self, event: str, subject: Request | Step) -> None:
         """Calls `event` of each. One that raises is detached, and logged, and nothing else changes."""
         for listener in self[:]:
+            told = getattr(listener, event, None)
+            if told is None:
+                continue
             try:
-                getattr(listener, event)(subject)
+                told(subject)
             except Exception:
                 logger.exception("a listener raised, and is told nothing from here on: %r", listener)
                 self[:] = [other for other in self if other is not listener]  # `remove` would ask for equality

@@ -50,8 +50,7 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
         batch: whose rows these are, and where their contexts lie, see `RaggedBatch`.
         scale: multiplies the scores; 1 / sqrt(head_dim) in GPT-2.
 
-    Returns (num_tokens, num_heads, head_dim), contiguous, q's dtype. Raises TypeError or ValueError
-    for a dtype, shape, layout or device that does not fit.
+    Returns (num_tokens, num_heads, head_dim), contiguous, q's dtype. Raises as `write_kv_torch` does.
     """
     check_attention(q, k_cache, v_cache, batch)
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]

@@ -33,7 +33,8 @@ def fcfs(request: Request) -> float:
 
 def place_in(order: OrderPolicy, request: Request) -> float:
     """A request's place. Raises TypeError or ValueError if the policy returns no finite number."""
-    return require_number("the place that `order` gives a request", order(request), -math.inf)
+    place = order(request)
+    return place if type(place) is int else require_number("the place that `order` gives a request", place, -math.inf)
 
 
 class AdmissionContext(NamedTuple):
@@ -90,29 +91,34 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._heap: list[Request] = []
-        self._size = 0
+        self._waiting: set[Request] = set()
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._waiting)
 
     def __iter__(self) -> Iterator[Request]:  # in order; sorts, so it is for looking at the queue
-        return iter(sorted(request for request in self._heap if request.status is RequestStatus.WAITING))
+        return iter(sorted(self._waiting))
 
     def push(self, request: Request) -> None:
         request.status = RequestStatus.WAITING
+        self._waiting.add(request)
         heappush(self._heap, request)
-        self._size += 1
 
     def first(self) -> Request:
-        while self._heap[0].status is not RequestStatus.WAITING:
+        while self._heap[0] not in self._waiting:
             heappop(self._heap)
         return self._heap[0]
 
     def leave(self, request: Request, status: RequestStatus) -> None:
-        """Takes a request out of the queue: the first, which may come back, or any other, which may not."""
+        """Takes out the first request, which may come back, or any other, which may not.
+
+        Raises ValueError for a request that is not in the queue, such as a follower that has not started.
+        """
+        if request not in self._waiting:
+            raise ValueError(f"request {request.request_id!r} is not in the queue")
         request.status = status
-        self._size -= 1
+        self._waiting.remove(request)
         if self._heap[0] is request:
             heappop(self._heap)
-        if len(self._heap) > 2 * self._size + 64:
-            self._heap = list(self)  # a sorted list is a heap
+        if len(self._heap) > 2 * len(self._waiting) + 64:
+            self._heap = sorted(self._waiting)  # a sorted list is a heap

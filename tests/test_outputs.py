@@ -21,7 +21,7 @@ def requests(count: int) -> list[Request]:
 
 def test_the_figures_of_the_scheduler_add_up_what_steps_did() -> None:
     stats, (one, two) = SchedulerStats(), requests(2)
-    step = Step(0, requests=[one, two], num_tokens=[1, 5], sampled=[(0, one)], preempted=[two],
+    step = Step(0, requests=[one, two], num_tokens=[1, 5], computed_tokens=6, sampled=[(0, one)], preempted=[two],
                 admitted=[Admission(two, 9, 4, 2, True), Admission(one, 7, 3, 0, False)],
                 recomputed_tokens=2, referenced_blocks=6)
     for _ in range(2):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.crowds import check_every_plan
+from tests.crowds import by_arrival, check_every_plan, whatever_fits
 from tests.oracle import assert_dense_continuation, tiny_model
 from tests.recount import assert_consistent, assert_nothing_is_held
 from tests.test_engine import tiny_llm
@@ -125,7 +125,7 @@ def test_a_prompt_that_fills_its_blocks_copies_nothing() -> None:
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_the_first_continuation_writes_in_place_if_its_siblings_were_preempted(preemption: str) -> None:
     params = four(n=2, max_tokens=4)
-    llm, _ = start(params, PROMPT[:12], num_blocks=2, preemption=preemption)
+    llm, _ = start(params, PROMPT[:12], num_blocks=2, preemption=preemption, admission=whatever_fits)
     assert_right(finish(llm)["0"], params)
     assert llm.stats().num_preemptions > 0
 
@@ -138,7 +138,7 @@ def test_one_continuation_may_be_preempted_and_all_get_the_right_tokens(seed: in
     shared, full = len(prompt) // 8, -(-(len(prompt) + params.max_tokens - 1) // 8)
     one_short = shared + 4 * (full - shared) - 1
     llm, _ = start(params, prompt, num_blocks=one_short, preemption=rng.choice(["recompute", "swap"]),
-                   enable_prefix_caching=False)  # equal outputs would be stored once
+                   admission=whatever_fits, enable_prefix_caching=False)  # equal outputs would be stored once
     output = finish(llm)["0"]
     preemptions = [completion.metrics.preemptions for completion in output.outputs]
     assert preemptions[:3] == [0, 0, 0] and preemptions[3] > 0, f"seed {seed}"
@@ -185,7 +185,7 @@ def test_more_continuations_than_seats_are_refused_with_both_numbers() -> None:
 
 
 def test_seats_are_kept_for_the_continuations_of_a_prompt_that_is_still_computed() -> None:
-    llm, members = start(four(n=3), max_num_seqs=4, max_num_batched_tokens=8)
+    llm, members = start(four(n=3), max_num_seqs=4, max_num_batched_tokens=8, order=by_arrival)
     _, third = (list(llm._groups[llm.add_request([n], four(n=n, max_tokens=2))]) for n in (1, 2))
     while llm.scheduler.has_unfinished():
         llm.step()
@@ -226,16 +226,16 @@ def one_preempted(members: list[Request]) -> bool:
 
 @pytest.mark.parametrize("phase, options", [
     (waiting, {"max_num_seqs": 4}), (computed_in_part, {"max_num_batched_tokens": 8}), (running, {}),
-    (one_finished, {}), (one_preempted, {"num_blocks": 9}),
+    (one_finished, {}), (one_preempted, {"num_blocks": 9, "admission": whatever_fits}),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_aborting_ends_all_continuations_in_every_phase(
-        phase: Callable[[list[Request]], bool], options: dict[str, int]) -> None:
+        phase: Callable[[list[Request]], bool], options: dict[str, object]) -> None:
     company, stops = SamplingParams(temperature=0.0, max_tokens=20), []
     if phase is one_finished:
         texts = [c.token_ids for c in engine().generate([PROMPT], four(max_tokens=20))[0].outputs]
         stops = [next(t for t in texts[2] if all(t not in other for other in (*texts[:2], texts[3])))]
     params = four(max_tokens=20, stop_token_ids=stops)
-    llm = engine(**options)
+    llm = engine(**options, order=by_arrival)
     other = llm.add_request([9] * 5, company)
     victim = llm.add_request(PROMPT, params)
     members = list(llm._groups[victim])

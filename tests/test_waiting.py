@@ -93,6 +93,18 @@ def test_an_order_that_returns_no_number_is_named(place: object, error: type[Exc
         place_in(my_order, request_at(0, 0))
 
 
+def test_a_follower_that_has_not_started_cannot_be_aborted_alone() -> None:
+    scheduler = Scheduler(BlockAllocator(8, 4), 8, 64, 64)
+    leader, follower, other = (Request(name, [1], SamplingParams(n=2)) for name in ("0.0", "0.1", "1.0"))
+    leader.followers = [follower]
+    scheduler.add(leader)
+    scheduler.add(other)
+    with pytest.raises(ValueError, match="'0.1' is not in the queue"):
+        scheduler.abort(follower)
+    scheduler.check_invariants()
+    assert list(scheduler.waiting) == [leader, other] and follower.status is RequestStatus.WAITING
+
+
 def test_a_full_queue_refuses_a_request_with_both_numbers() -> None:
     scheduler = Scheduler(BlockAllocator(8, 4), 8, 64, 64, max_waiting=1)
     scheduler.add(Request("0", [1], SamplingParams()))

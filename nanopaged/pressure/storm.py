@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from operator import add, sub
 from typing import NamedTuple
 
 from nanopaged.outputs import RecentStats, recent_stats
 from nanopaged.request import Request
-from nanopaged.step import Listener, Step
+from nanopaged.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class StepFigures(NamedTuple):
         return 1.0 - self.recomputed_tokens / self.computed_tokens if self.computed_tokens else 1.0
 
 
-class StormWatch(Listener):
+class StormWatch:
     """A sliding window over the steps of a scheduler with a pool of `num_blocks`; O(1) a step."""
 
     def __init__(self, num_blocks: int) -> None:
@@ -54,7 +55,7 @@ class StormWatch(Listener):
 
     def stepped(self, step: Step) -> None:
         if step.preempted:
-            self.pressed = list({*step.requests, *step.preempted})
+            self.pressed = list(dict.fromkeys([*step.requests, *step.preempted]))
         self.record(StepFigures(
             step.computed_tokens, step.recomputed_tokens, len(step.preempted), len(step.requests),
             step.referenced_blocks, sum([admission.known_tokens for admission in step.admitted]),
@@ -63,12 +64,9 @@ class StormWatch(Listener):
     def record(self, figures: StepFigures) -> None:
         """Adds a step; logs a warning if a storm begins with it."""
         self.steps.append(figures)
-        self.window = StepFigures(*map(sum, zip(self.window, figures)))
-        if len(self.steps) > WINDOW_STEPS:
-            oldest = self.steps.popleft()
-            self.window = StepFigures(*(a - b for a, b in zip(self.window, oldest)))
-            self.before = StepFigures(*map(sum, zip(self.before, oldest)))
-        window = self.window
+        oldest = self.steps.popleft() if len(self.steps) > WINDOW_STEPS else StepFigures()
+        self.before = StepFigures(*map(add, self.before, oldest))
+        self.window = window = StepFigures(*map(sub, map(add, self.window, figures), oldest))
         if self.storming:
             self.storming = window.goodput < CALM_GOODPUT
         elif len(self.steps) == WINDOW_STEPS and window.goodput < STORM_GOODPUT:

@@ -35,6 +35,7 @@ def test_reserve_and_greedy_admit_up_to_their_limits(
     assert policy(context(**blocks)) is admitted
 
 
+@pytest.mark.policy
 def test_a_policy_is_found_by_its_name() -> None:
     assert by_name("reserve", 0.5) is reserve
     assert by_name("greedy", 0.5) is greedy

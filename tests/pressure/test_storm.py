@@ -6,6 +6,7 @@ import logging
 import random
 
 import pytest
+from tests.crowds import by_arrival
 from tests.oracle import tiny_model
 from tests.test_engine import tiny_llm
 
@@ -86,8 +87,8 @@ def test_the_warning_names_goodput_preemptions_and_the_likely_cause(caplog: pyte
         watch.record(figures(0.25, preemptions=3, running=7))
     (message,) = warnings(caplog)
     assert message.startswith(
-        "eviction storm: over the last 64 steps goodput is 0.25 (48000 of 64000 tokens were computed before), with 3.00 "
-        "preemptions a step and 7.0 requests running in 50 blocks. Likely cause: ")
+        "eviction storm: over the last 64 steps goodput is 0.25 (48000 of 64000 tokens were computed before), with "
+        "3.00 preemptions a step and 7.0 requests running in 50 blocks. Likely cause: ")
     assert [record.name for record in caplog.records] == ["nanopaged.pressure.storm"]
 
 
@@ -196,10 +197,9 @@ def test_recomputed_tokens_are_counted_exactly_for_each_request_and_in_total(swa
     assert scheduler.stats.computed_tokens == needed + scheduler.stats.recomputed_tokens
 
 
-@pytest.mark.policy  # the second gives way because it came last
 def test_the_times_of_a_request_are_read_from_the_clock() -> None:
     now = [0.0]
-    scheduler = Scheduler(BlockAllocator(4, 4, False), 2, 64, 64, greedy, clock=lambda: now[0])
+    scheduler = Scheduler(BlockAllocator(4, 4, False), 2, 64, 64, greedy, by_arrival, clock=lambda: now[0])
 
     def step_ending_at(start: float, end: float) -> None:
         now[0] = start

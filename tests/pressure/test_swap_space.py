@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.crowds import request_with, take_step
+from tests.crowds import by_arrival, request_with, take_step, whatever_fits
 from tests.oracle import assert_dense_continuation, tiny_model
 from tests.recount import assert_consistent, assert_nothing_is_held
 from tests.test_engine import random_prompts, tiny_llm
@@ -74,7 +74,7 @@ def three_requests(long_tokens: int) -> tuple[SwappingScheduler, list[Request], 
     def doorkeeper(context: AdmissionContext) -> bool:
         return door["open"]
 
-    scheduler = SwappingScheduler(BlockAllocator(6, 4), 4, 64, 64, doorkeeper, swap_blocks=6)
+    scheduler = SwappingScheduler(BlockAllocator(6, 4), 4, 64, 64, doorkeeper, by_arrival, swap_blocks=6)
     requests = [request_with(0, [90, 91, 92, 93], long_tokens), request_with(1, [*STEM, 50, 51], 12),
                 request_with(2, [*STEM, 60], 12)]
     for request in requests:
@@ -87,7 +87,6 @@ def three_requests(long_tokens: int) -> tuple[SwappingScheduler, list[Request], 
     return scheduler, requests, door, moves
 
 
-@pytest.mark.policy  # which request gives way, and when, follows from first come, first served
 def test_shared_blocks_stay_in_the_pool_until_their_last_holder_is_swapped_out_with_them() -> None:
     scheduler, (_, second, last), _, moves = three_requests(6)
     assert list(scheduler.swapped) == [last, second]
@@ -98,7 +97,7 @@ def test_shared_blocks_stay_in_the_pool_until_their_last_holder_is_swapped_out_w
     assert scheduler.swap_space.stats().referenced_blocks == 5
 
 
-@pytest.mark.policy
+@pytest.mark.policy  # which blocks are evicted first follows from the least recently used
 @pytest.mark.parametrize("long_tokens, abort_second, restored", [
     # (tokens found in the pool, tokens restored) of the second request, and of the last
     (6, False, [(12, 2), (8, 2)]),
@@ -130,9 +129,8 @@ def test_swapped_blocks_are_restored_behind_the_prefix_that_is_still_found(
     assert_consistent(scheduler)
 
 
-@pytest.mark.policy
 def test_a_partly_filled_block_that_two_continuations_share_is_swapped_out_for_each() -> None:
-    scheduler = SwappingScheduler(BlockAllocator(2, 4), 4, 64, 64, lambda context: True, swap_blocks=4)
+    scheduler = SwappingScheduler(BlockAllocator(2, 4), 4, 64, 64, whatever_fits, by_arrival, swap_blocks=4)
     long, pair = request_with(0, [9] * 4, 5), request_with(1, [1, 2, 3], 5, n=2)
     for request in (long, pair):
         scheduler.add(request)
@@ -169,7 +167,7 @@ def test_an_invalid_number_of_swap_blocks_is_refused(swap_blocks: object, error:
 
 def pair_with_one_in_cpu_memory(**options: object) -> tuple[LLM, Request]:
     """Two requests in a pool too small for both, right after the second has given way."""
-    llm = tiny_llm(MODEL, num_blocks=8, preemption="swap", admission="greedy", **options)
+    llm = tiny_llm(MODEL, num_blocks=8, preemption="swap", admission="greedy", order=by_arrival, **options)
     ids = [llm.add_request([token] * 20, GREEDY) for token in (1, 2)]
     (victim,) = llm._groups[ids[1]]
     while not victim.metrics.preemptions:
@@ -218,7 +216,7 @@ def test_a_prefix_that_was_evicted_is_recomputed_with_all_that_follows_it(wait_u
     def doorkeeper(context: AdmissionContext) -> bool:
         return door["open"]
 
-    llm = tiny_llm(MODEL, num_blocks=8, preemption="swap", admission=doorkeeper)
+    llm = tiny_llm(MODEL, num_blocks=8, preemption="swap", admission=doorkeeper, order=by_arrival)
     stem = list(range(16))
     work = {"0": ([50] * 8, SamplingParams(temperature=0, max_tokens=56)),
             "1": (stem + [1], SamplingParams(temperature=0, max_tokens=14)),
