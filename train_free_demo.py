@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nanopaged import LLM, RequestOutput, SamplingParams
+from nanopaged.block_allocator import blocks_for
 from nanopaged.validation import require_int
 
 DOCUMENT = """\
@@ -161,7 +162,7 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[Request
             display.event(step, f"the pool is full: {stats.num_preemptions - preemptions} requests give way")
         preemptions = stats.num_preemptions
         peak_blocks = max(peak_blocks, stats.referenced_blocks)
-        reserved = sum(-(-request.max_length // llm.config.block_size) for request in running)
+        reserved = sum(blocks_for(request.max_length, llm.config.block_size) for request in running)
         peak_contiguous = max(peak_contiguous, reserved)
         display.show(step)
         step += 1

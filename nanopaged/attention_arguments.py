@@ -67,7 +67,8 @@ def check_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
     if 0 in (q.shape[1], block_tables.shape[1]):
         raise ValueError(f"there must be a head and a block at least, got q {tuple(q.shape)} and block_tables "
                          f"{tuple(block_tables.shape)}")
-    if require_int("num_decodes", batch.num_decodes, 0, len(seq_lens)) == len(seq_lens) != len(q):
+    require_int("num_decodes", batch.num_decodes, 0, len(seq_lens))
+    if batch.num_decodes == len(seq_lens) and len(q) != len(seq_lens):
         raise ValueError(f"num_decodes says that {len(seq_lens)} requests have one row each, got q {tuple(q.shape)}")
 
 

@@ -41,7 +41,6 @@ class Batch:
     def __init__(self, flat: torch.Tensor, num_tokens: int, num_requests: int, num_sampled: int,
                  num_decodes: int) -> None:
         self.flat = flat
-        self.sizes = (num_tokens, num_requests, num_sampled, num_decodes)
         self.num_decodes = num_decodes
         self.plan: object = None
         parts = [num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_sampled]

@@ -34,6 +34,10 @@ from nanopaged.validation import require_choice, require_int
 ROOT_IDENTITY = 0  # stands for "nothing before": the parent of every first block
 
 
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)  # rounded up
+
+
 class OutOfBlocks(RuntimeError):
     """A block was requested while every block is referenced."""
 

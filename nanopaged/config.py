@@ -1,4 +1,4 @@
-"""What may the user choose, and what does each choice come to?
+"""Which options does `LLM` have, and which part does each select?
 
 `EngineConfig` holds all options of `LLM`, checked when it is made. The functions below it turn them
 into parts of an engine. They alone reach into the optional folders `pressure/` and `fast/`: a default
@@ -8,7 +8,7 @@ from there is attached if its folder exists; one that was asked for and is missi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.models.tokenizer import Tokenizer
+from nanopaged.outputs import EngineStats
 from nanopaged.paged_attention import INTERPRETED, TRITON, check_kernel_sizes, triton
 from nanopaged.scheduler import Scheduler
 from nanopaged.step import Step
@@ -97,9 +98,9 @@ class EngineConfig:
         require_int("block_size", self.block_size, 8, 256)
         if self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size must be a power of two from 8 to 256, got {self.block_size}")
-        for name in ("num_blocks", "max_model_len", "max_num_batched_tokens", "max_waiting"):
+        for name, least in (("num_blocks", 1), ("max_model_len", 2), ("max_num_batched_tokens", 1), ("max_waiting", 1)):
             if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), 1)
+                require_int(name, getattr(self, name), least)
         if require_number("gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0) == 0.0:
             raise ValueError("gpu_memory_utilization must be in (0, 1], got 0")
         require_int("max_num_seqs", self.max_num_seqs, 1)
@@ -119,6 +120,11 @@ class EngineConfig:
         if self.tokenizer is not None and not isinstance(self.tokenizer, Tokenizer):
             raise TypeError(f"tokenizer must be a Tokenizer, got {shown(self.tokenizer)}")
 
+    @property
+    def host_blocks(self) -> int:
+        """Blocks in CPU memory."""
+        return self.swap_blocks if self.preemption == "swap" else 0
+
     def settled(self, model: GPT2Config, device: torch.device, attention: AttentionBackend) -> EngineConfig:
         """The same options with the defaults that model and device decide; checks that they fit the model."""
         if attention is TRITON:
@@ -130,11 +136,13 @@ class EngineConfig:
 
 
 def require_folder(name: str, option: str) -> None:
+    """Raises ValueError, naming option and folder, if an optional folder is missing."""
     if not has_folder(name):
         raise ValueError(f"{option} needs the folder nanopaged/{name}/, which is missing: restore it, or do without")
 
 
 def resolve_device(device: str) -> torch.device:
+    """Raises ValueError if the device is unknown, or not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = str(device).partition(":")
@@ -148,12 +156,13 @@ def resolve_device(device: str) -> torch.device:
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
-    if require_choice("dtype", name, DTYPES) == "auto":
+    if name == "auto":
         name = "float16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
 
 
 def resolve_attention(config: EngineConfig, device: torch.device) -> AttentionBackend:
+    """Raises ValueError if the attention that was asked for cannot run on the device."""
     attention = config.attention
     if config.compile:
         if device.type != "cpu" or attention == "triton":
@@ -192,8 +201,9 @@ def order_policy(config: EngineConfig) -> OrderPolicy:
     return by_name(config.order)
 
 
-def make_scheduler(config: EngineConfig, allocator: BlockAllocator) -> Scheduler:
-    """From a settled config; one that swaps, if that was asked for."""
+def make_scheduler(config: EngineConfig, num_blocks: int) -> Scheduler:
+    """From a settled config, over a pool of `num_blocks`; one that swaps, if that was asked for."""
+    allocator = BlockAllocator(num_blocks, config.block_size, config.enable_prefix_caching)
     arguments = (allocator, config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len,
                  admission_policy(config), order_policy(config), config.max_waiting)
     if config.preemption == "swap":
@@ -224,9 +234,13 @@ def prepare_model(model: GPT2, device: torch.device, dtype: torch.dtype) -> None
         keep_freed_memory()
 
 
-def graph_bytes(config: EngineConfig, model: GPT2, device: torch.device, attention: AttentionBackend) -> int:
-    """Memory that CUDA graphs will hold on to; 0 if none are used."""
-    if device.type != "cuda" or attention is not TRITON or config.enforce_eager or not has_folder("fast"):
+def uses_graphs(config: EngineConfig, device: torch.device, attention: AttentionBackend) -> bool:
+    return device.type == "cuda" and attention is TRITON and not config.enforce_eager and has_folder("fast")
+
+
+def reserved_bytes(config: EngineConfig, model: GPT2, device: torch.device, attention: AttentionBackend) -> int:
+    """Memory that is not for the pool: what CUDA graphs will hold on to."""
+    if not uses_graphs(config, device, attention):
         return 0
     from nanopaged.fast.cuda_graphs import logits_bytes
 
@@ -236,15 +250,24 @@ def graph_bytes(config: EngineConfig, model: GPT2, device: torch.device, attenti
 LogitsOf = Callable[[Step], torch.Tensor]  # (num_sampled, vocab_size)
 
 
-def faster(eager: LogitsOf, config: EngineConfig, model: GPT2, kv_cache: torch.Tensor,
-           attention: AttentionBackend) -> LogitsOf:
+def choose_logits(eager: LogitsOf, config: EngineConfig, model: GPT2, kv_cache: torch.Tensor,
+                  attention: AttentionBackend) -> LogitsOf:
     """What computes the logits of a step as `eager` does, but sooner, if config and device allow it; else `eager`."""
     if config.compile:
         from nanopaged.fast.compiled_attention import compile_now
 
         compile_now(kv_cache, model.config.n_head // model.config.num_kv_heads)
-    if not graph_bytes(config, model, kv_cache.device, attention):
+    if not uses_graphs(config, kv_cache.device, attention):
         return eager
     from nanopaged.fast.cuda_graphs import DecodeGraphs
 
     return DecodeGraphs(model, kv_cache, config.block_size, config.max_model_len, config.max_num_seqs, eager)
+
+
+def engine_stats(scheduler: Scheduler, watch: StormWatch | None) -> EngineStats:
+    pool, swap = scheduler.allocator, getattr(scheduler, "swap_space", None)  # of a scheduler that swaps
+    recent = watch.recent() if watch else scheduler.stats.average(pool.num_blocks)
+    return EngineStats(num_waiting=len(scheduler.waiting), num_running=len(scheduler.running),
+                       num_storms=watch.num_storms if watch else 0, swap_blocks=swap.num_blocks if swap else 0,
+                       swap_blocks_used=swap.stats().referenced_blocks if swap else 0,
+                       **asdict(recent), **asdict(pool.stats()), **asdict(scheduler.stats))

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
+from nanopaged.attention_arguments import AttentionBackend
 from nanopaged.batch import Batch
-from nanopaged.block_allocator import BlockAllocator
-from nanopaged.config import (EngineConfig, attach_storm_watch, faster, graph_bytes, make_scheduler, prepare_model,
-                              resolve_attention, resolve_device, resolve_dtype)
+from nanopaged.config import (EngineConfig, attach_storm_watch, choose_logits, engine_stats, make_scheduler,
+                              prepare_model, reserved_bytes, resolve_attention, resolve_device, resolve_dtype)
 from nanopaged.gpt2 import GPT2
 from nanopaged.interrupts import uninterrupted
 from nanopaged.kv_cache import KVCache
@@ -35,15 +36,19 @@ from nanopaged.validation import require_int, require_number
 Group = dict[Request, TextStream]  # the n continuations of one request, in order, each with its text
 
 
+def compute_logits(model: GPT2, kv_cache: torch.Tensor, attention: AttentionBackend, block_size: int,
+                   step: Step) -> torch.Tensor:
+    batch = Batch.from_step(step, block_size, kv_cache.device)
+    return model(batch, kv_cache, attention)  # (num_sampled, vocab_size)
+
+
 class LLM:
     """A GPT-2 that serves many requests from one paged KV cache.
 
     Args:
         model: "copycat", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a checkpoint's path (see
             `checkpoint.load_model`), or a GPT2, which is copied.
-        options: the fields of `config.EngineConfig`.
-
-    Raises TypeError or ValueError for an invalid argument.
+        options: the fields of `config.EngineConfig`. TypeError or ValueError if one is invalid.
     """
 
     def __init__(self, model: str | os.PathLike | GPT2 = "copycat", **options: object) -> None:
@@ -57,12 +62,12 @@ class LLM:
         self.tokenizer = tokenizer_for(shape.vocab_size, config.tokenizer, download=not isinstance(model, GPT2))
         prepare_model(self.model, self.device, self.dtype)
 
-        reserved = graph_bytes(config, self.model, self.device, self.attention)
+        reserved = reserved_bytes(config, self.model, self.device, self.attention)
         self.kv_cache = KVCache.of(shape, config, self.device, self.dtype, reserved)
-        self.logits_of = faster(self._logits_of, config, self.model, self.kv_cache.blocks, self.attention)
+        eager = partial(compute_logits, self.model, self.kv_cache.blocks, self.attention, config.block_size)
+        self.logits_of = choose_logits(eager, config, self.model, self.kv_cache.blocks, self.attention)
 
-        allocator = BlockAllocator(self.kv_cache.num_blocks, config.block_size, config.enable_prefix_caching)
-        self.scheduler = make_scheduler(config, allocator)
+        self.scheduler = make_scheduler(config, self.kv_cache.num_blocks)
         self.storm_watch = attach_storm_watch(self.scheduler)
         self._num_added = 0
         self._groups: dict[str, Group] = {}  # unfinished requests
@@ -129,10 +134,6 @@ class LLM:
                 if all(member.status is RequestStatus.FINISHED for member in self._groups[group_id]):
                     del self._groups[group_id]
 
-    def _logits_of(self, step: Step) -> torch.Tensor:
-        batch = Batch.from_step(step, self.config.block_size, self.device)
-        return self.model(batch, self.kv_cache.blocks, self.attention)  # (num_sampled, vocab_size)
-
     def generate(self, prompts: str | Sequence[str | list[int]],
                  sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:
         """Continues prompts until all have finished; shows progress on a terminal.
@@ -192,4 +193,4 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Plain numbers: at this moment, over the last steps, and since the start."""
-        return EngineStats.of(self.scheduler, self.storm_watch)
+        return engine_stats(self.scheduler, self.storm_watch)

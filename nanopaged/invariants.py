@@ -1,6 +1,6 @@
 """Is every block accounted for? Everything counted again from scratch, for tests and for debugging; O(pool).
 
-`BlockAllocator.check_invariants` and `Scheduler.check_invariants` come here.
+`BlockAllocator.check_invariants` and `Scheduler.check_invariants` are implemented here.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanopaged.batch import upload
+from nanopaged.block_allocator import blocks_for
 from nanopaged.gpt2 import GPT2Config
 from nanopaged.step import BlockMove
 from nanopaged.validation import require_int
@@ -26,36 +27,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def block_bytes(config: GPT2Config, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(shape: GPT2Config, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block: K and V of `block_size` tokens in all layers."""
-    return config.n_layer * 2 * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+    return shape.n_layer * 2 * shape.num_kv_heads * block_size * shape.head_dim * dtype.itemsize
 
 
-def free_bytes(config: GPT2Config, device: torch.device, dtype: torch.dtype, utilization: float,
+def free_bytes(shape: GPT2Config, device: torch.device, dtype: torch.dtype, utilization: float,
                max_num_seqs: int, max_num_batched_tokens: int) -> int:
     """Memory that the pool may take, once the model is loaded."""
     if device.type == "cpu":
         try:
             return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * utilization / 4)
-        except (AttributeError, ValueError, OSError):  # not every system tells
+        except (AttributeError, ValueError, OSError):  # not every system reports it
             return 2**30
     free, total = torch.cuda.mem_get_info(device)
     # A step's own needs: some 16 rows of n_embd a token, and to sample, six float32 copies of the logits.
-    step = (16 * max_num_batched_tokens * config.n_embd * dtype.itemsize
-            + 24 * min(max_num_seqs, max_num_batched_tokens) * config.vocab_size)
+    step = (16 * max_num_batched_tokens * shape.n_embd * dtype.itemsize
+            + 24 * min(max_num_seqs, max_num_batched_tokens) * shape.vocab_size)
     return int(free - (1 - utilization) * total - step)
 
 
-def blocks_that_fit(model: GPT2Config, config: EngineConfig, device: torch.device, dtype: torch.dtype,
+def blocks_that_fit(shape: GPT2Config, config: EngineConfig, device: torch.device, dtype: torch.dtype,
                     reserved_bytes: int) -> int:
     """Blocks in the free memory, less `reserved_bytes`; no more than all seats can use at full length.
 
     Raises ValueError if there is no room for one.
     """
-    room = free_bytes(model, device, dtype, config.gpu_memory_utilization, config.max_num_seqs,
+    room = free_bytes(shape, device, dtype, config.gpu_memory_utilization, config.max_num_seqs,
                       config.max_num_batched_tokens) - reserved_bytes
-    useful = config.max_num_seqs * -(-config.max_model_len // config.block_size)
-    num_blocks = min(useful, room // block_bytes(model, config.block_size, dtype))
+    useful = config.max_num_seqs * blocks_for(config.max_model_len, config.block_size)
+    num_blocks = min(useful, room // block_bytes(shape, config.block_size, dtype))
     if num_blocks < 1:
         raise ValueError(f"{device} has no memory left for a single block: free some, raise gpu_memory_utilization, "
                          "or set num_blocks")
@@ -65,12 +66,15 @@ def blocks_that_fit(model: GPT2Config, config: EngineConfig, device: torch.devic
 class KVCache:
     """The contents of the pool, `blocks`, and of the blocks in CPU memory, `host_blocks`.
 
+    blocks: (n_layer, 2, num_blocks, num_kv_heads, block_size, head_dim)
+    host_blocks: (host_blocks, n_layer, 2, num_kv_heads, block_size, head_dim)
+
     Raises ValueError if there is no memory for them.
     """
 
-    def __init__(self, config: GPT2Config, block_size: int, num_blocks: int, host_blocks: int, device: torch.device,
+    def __init__(self, shape: GPT2Config, block_size: int, num_blocks: int, host_blocks: int, device: torch.device,
                  dtype: torch.dtype) -> None:
-        layers, block = (config.n_layer, 2), (config.num_kv_heads, block_size, config.head_dim)
+        layers, block = (shape.n_layer, 2), (shape.num_kv_heads, block_size, shape.head_dim)
         self.blocks = self._allocate("num_blocks", (*layers, num_blocks, *block), num_blocks, device, dtype)
         self.host_blocks = self._allocate("swap_blocks", (host_blocks, *layers, *block), host_blocks,
                                           torch.device("cpu"), dtype, pinned=device.type == "cuda" and host_blocks > 0)
@@ -80,8 +84,7 @@ class KVCache:
            reserved_bytes: int) -> KVCache:
         """As large as a settled config says, or as fits the free memory less `reserved_bytes`."""
         num_blocks = config.num_blocks or blocks_that_fit(shape, config, device, dtype, reserved_bytes)
-        host_blocks = config.swap_blocks if config.preemption == "swap" else 0
-        return cls(shape, config.block_size, num_blocks, host_blocks, device, dtype)
+        return cls(shape, config.block_size, num_blocks, config.host_blocks, device, dtype)
 
     @property
     def num_blocks(self) -> int:

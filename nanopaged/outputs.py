@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nanopaged.models.tokenizer import TextStream
-    from nanopaged.pressure.storm import StormWatch
     from nanopaged.request import Request
-    from nanopaged.scheduler import Scheduler
     from nanopaged.step import Step
 
 
@@ -126,7 +124,7 @@ class SchedulerStats:
 
 @dataclass(kw_only=True)
 class RecentStats:
-    """Averages over the last `storm.WINDOW_STEPS` steps; over all steps where there is no `pressure/`."""
+    """Averages over recent steps; over all steps if there is no storm watch."""
 
     goodput: float  # share of the computed tokens that were computed for the first time
     preemptions_per_step: float
@@ -150,12 +148,3 @@ class EngineStats(AllocatorStats, SchedulerStats, RecentStats):
     num_storms: int
     swap_blocks: int
     swap_blocks_used: int
-
-    @classmethod
-    def of(cls, scheduler: Scheduler, watch: StormWatch | None) -> EngineStats:
-        pool, swap = scheduler.allocator, getattr(scheduler, "swap_space", None)  # of one that swaps
-        recent = watch.recent() if watch else scheduler.stats.average(pool.num_blocks)
-        return cls(num_waiting=len(scheduler.waiting), num_running=len(scheduler.running),
-                   num_storms=watch.num_storms if watch else 0, swap_blocks=swap.num_blocks if swap else 0,
-                   swap_blocks_used=swap.stats().referenced_blocks if swap else 0,
-                   **asdict(recent), **asdict(pool.stats()), **asdict(scheduler.stats))

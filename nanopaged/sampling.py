@@ -46,7 +46,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     token_ids = token_ids.masked_fill(~likeliest.isfinite(), -1).tolist()
     if -1 in token_ids:
         raise FloatingPointError("the model's logits are not finite: a weight is not, the dtype overflows, or "
-                                 "attention has read slots that were never written (see Scheduler.check_invariants)")
+                                 "attention has read slots that were never written; compare with GPT2.dense")
     return token_ids
 
 

@@ -1,6 +1,6 @@
 """Which requests run this step, and which must wait or give way?
 
-Continuous batching (Orca: Yu et al., OSDI 2022): the batch is made anew for every step, so a
+Continuous batching (Orca: Yu et al., OSDI 2022): the batch is rebuilt for every step, so a
 request joins when there is room and leaves when it is done. There is no prefill phase and no
 decode phase. A step has a budget of tokens; each request computes as many of its known tokens as
 the budget allows, so a long prompt is cut into chunks and computed while others decode beside it
@@ -22,7 +22,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Mapping
 from itertools import count
 
-from nanopaged.block_allocator import BlockAllocator
+from nanopaged.block_allocator import BlockAllocator, blocks_for
 from nanopaged.invariants import check_scheduler
 from nanopaged.outputs import SchedulerStats
 from nanopaged.request import Request, RequestStatus
@@ -40,7 +40,7 @@ class Scheduler:
         max_num_seqs, max_num_batched_tokens: requests (seats) and tokens in one step at most.
         max_model_len, max_waiting: see `config.EngineConfig`; preempted requests wait too.
         admission, order: functions, see `waiting`; `order` is called once for a request, when it is added.
-        clock: tells the time, in seconds; a simulation brings its own.
+        clock: returns the time in seconds; a simulation brings its own.
     """
 
     def __init__(self, allocator: BlockAllocator, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
@@ -62,11 +62,11 @@ class Scheduler:
         self._unrecorded: Step | None = None  # the last plan, until it is recorded
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises ValueError if it could never run, and TooManyWaiting if the queue is full."""
+        """Queues a request. Raises ValueError if it could never run, TooManyWaiting if the queue is full."""
         if self.queue_is_full():
             raise TooManyWaiting(f"{len(self.waiting)} requests wait already, max_waiting is {self.max_waiting}")
         max_length = min(request.max_length, self.max_model_len)
-        full_blocks = self._blocks_for(max_length - 1)  # the last token's K and V are never read
+        full_blocks = blocks_for(max_length - 1, self.block_size)  # the last token's K and V are never read
         refuse_what_never_fits(request, max_length, full_blocks, self)
         place, arrival, now = place_in(self.order, request), next(self._arrivals), self.clock()
         for i, member in enumerate([request, *request.followers]):
@@ -91,15 +91,13 @@ class Scheduler:
         step, unrecorded = Step(self.max_num_batched_tokens), self._unrecorded
         if unrecorded is not None:  # it was not carried out, but these have happened
             step.moves, step.admitted, step.preempted = unrecorded.moves, unrecorded.admitted, unrecorded.preempted
-        num_moves, num_preempted = len(self.moves), len(step.preempted)
+        self._unrecorded, num_preempted = step, len(step.preempted)
         for request in self.running:  # `_make_room` takes requests off its end meanwhile
             if step.budget == 0 or not self._plan(request, step):
                 break
         if len(step.preempted) == num_preempted:  # else the next free blocks are for those that gave way
             self._admit(step)
         step.arrange()
-        step.moves += self.moves[num_moves:]
-        self._unrecorded = step
         return step
 
     def _plan(self, request: Request, step: Step) -> bool:
@@ -118,9 +116,9 @@ class Scheduler:
         return True
 
     def _make_room(self, request: Request, end: int, step: Step) -> bool:
-        """Makes a request's table writable up to position `end`; the last running requests give way to it."""
+        """Makes a table writable up to position `end`; the last ones give way. False: the request gave way itself."""
         allocator, table = self.allocator, request.block_table
-        missing = max(0, self._blocks_for(end) - len(table))  # a plan that was not carried out took some
+        missing = max(0, blocks_for(end, self.block_size) - len(table))  # a plan that was not carried out took some
         while allocator.num_available < missing + self._shares_tail(request):
             last = self.running.pop()
             self._preempt(last, step)
@@ -129,11 +127,15 @@ class Scheduler:
         if self._shares_tail(request):  # asked again: the other holder may have given way
             tail = request.num_computed_tokens // self.block_size
             copy = allocator.fork(table[tail])  # copy-on-write (vLLM paper, section 4.4)
-            self.moves.append(BlockMove("copy", table[tail], copy))
+            self._move("copy", table[tail], copy)
             table[tail] = copy
         request.may_share_tail = False
         table += [allocator.take() for _ in range(missing)]
         return True
+
+    def _move(self, kind: str, source: int, target: int) -> None:
+        self.moves.append(BlockMove(kind, source, target))
+        self._unrecorded.moves.append(self.moves[-1])
 
     def _shares_tail(self, request: Request) -> bool:
         """Whether the block that the request writes next is partly filled, and held by others too."""
@@ -179,7 +181,8 @@ class Scheduler:
         context = AdmissionContext(
             pool=allocator.num_blocks, committed=self.committed_blocks, full=request.full_blocks * request.num_seats,
             available=allocator.num_available - sum([allocator.ref_count(block) == 0 for block in prefix]),
-            chunk=self._blocks_for(end) - len(prefix), prompt=self._blocks_for(known) - len(prefix))
+            chunk=blocks_for(end, self.block_size) - len(prefix),
+            prompt=blocks_for(known, self.block_size) - len(prefix))
         return context.available >= context.chunk and self.admission(context)
 
     def _restorable_tokens(self, request: Request, hit: int) -> int:
@@ -202,9 +205,6 @@ class Scheduler:
         self.allocator.give_back_all(request.block_table)
         self.committed_seats -= request.num_seats
         self.committed_blocks -= request.full_blocks * request.num_seats
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     def update(self, step: Step, token_ids: Mapping[Request, int], stopped: Container[Request] = ()) -> None:
         """Records a computed step, with a token for each request in `step.sampled`; those in `stopped` end with it."""
@@ -264,8 +264,6 @@ class Scheduler:
 
     def abort(self, request: Request) -> None:
         """Ends a waiting or running request, with the followers that have not started; its blocks go back."""
-        if request.status is RequestStatus.FINISHED:
-            raise ValueError(f"request {request.request_id!r} has finished already")
         if request.status is RequestStatus.RUNNING:
             del self.running[bisect_left(self.running, request)]
         else:
@@ -273,8 +271,7 @@ class Scheduler:
         members = [request, *request.followers]
         for member in members:
             self._finish(member, "abort")
-        for member in members:
-            self.listeners.tell("ended", member)
+        self.listeners.tell("ended", *members)
 
     def check_invariants(self) -> None:  # O(pool), for tests and for debugging
         check_scheduler(self)

@@ -1,4 +1,4 @@
-"""What is one step, and who is told of it?
+"""What is one step, and who is notified of it?
 
 The scheduler plans a step, the batch lays it out, the engine computes it, the scheduler records it;
 then listeners (counters, a storm watch, a recorder) are told.
@@ -90,17 +90,15 @@ class Listener:
 class Listeners(list[Listener]):
     def tell_step(self, step: Step) -> None:
         self.tell("stepped", step)
-        for request in step.ended:
-            self.tell("ended", request)
+        self.tell("ended", *step.ended)
 
-    def tell(self, event: str, subject: Request | Step) -> None:
+    def tell(self, event: str, *subjects: Request | Step) -> None:
         """Calls `event` of each. One that raises is detached, and logged, and nothing else changes."""
         for listener in self[:]:
-            told = getattr(listener, event, None)
-            if told is None:
-                continue
             try:
-                told(subject)
+                if method := getattr(listener, event, None):
+                    for subject in subjects:
+                        method(subject)
             except Exception:
                 logger.exception("a listener raised, and is told nothing from here on: %r", listener)
                 self[:] = [other for other in self if other is not listener]  # `remove` would ask for equality

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nanopaged.attention_arguments import AttentionBackend, RaggedBatch, check_attention, check_write
+from nanopaged.block_allocator import blocks_for
 
 
 def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
@@ -64,7 +65,7 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
         if (n := last - first) == 0:
             continue
         # Gather the scattered blocks into one contiguous context: what the kernels never do.
-        gathered = (batch.block_tables[i, : -(-length // block_size)] * num_kv_heads + heads).flatten()
+        gathered = (batch.block_tables[i, : blocks_for(length, block_size)] * num_kv_heads + heads).flatten()
         k = k_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
         v = v_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
         rows = q[first:last].transpose(0, 1)[None].float()  # (1, num_heads, n, head_dim)

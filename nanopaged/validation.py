@@ -1,4 +1,4 @@
-"""Is an argument what it must be? Checked where it enters, so that a fault names itself.
+"""Is an argument valid? Checked where it enters, so that a fault names itself.
 
 Each `require_` function returns its value, or raises TypeError (wrong kind) or ValueError (wrong size).
 """

@@ -34,14 +34,15 @@ def fcfs(request: Request) -> float:
 def place_in(order: OrderPolicy, request: Request) -> float:
     """A request's place. Raises TypeError or ValueError if the policy returns no finite number."""
     place = order(request)
+    # An int needs no check, and all the orders here return one.
     return place if type(place) is int else require_number("the place that `order` gives a request", place, -math.inf)
 
 
 class AdmissionContext(NamedTuple):
     """What an admission policy may judge by, in blocks. The candidate is the first waiting request.
 
-    A policy is asked about it whenever others run; a request that is alone is always admitted. And it is
-    asked once when a request is added, about an empty pool (with chunk and prompt 0): a request refused
+    A policy is called with one whenever others run; a request that is alone is always admitted. And it is
+    called once when a request is added, about an empty pool (with chunk and prompt 0): a request refused
     here can never run.
     """
 
@@ -112,10 +113,11 @@ class WaitingQueue:
     def leave(self, request: Request, status: RequestStatus) -> None:
         """Takes out the first request, which may come back, or any other, which may not.
 
-        Raises ValueError for a request that is not in the queue, such as a follower that has not started.
+        Raises ValueError for a request that is not in the queue.
         """
         if request not in self._waiting:
-            raise ValueError(f"request {request.request_id!r} is not in the queue")
+            raise ValueError(f"request {request.request_id!r} is not in the queue: it has finished, or is a follower "
+                             "that has not started")
         request.status = status
         self._waiting.remove(request)
         if self._heap[0] is request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from nanopaged import LLM
 from nanopaged.request import Request
 from nanopaged.sampling_params import SamplingParams
 from nanopaged.scheduler import Scheduler
@@ -22,6 +23,13 @@ def whatever_fits(context: AdmissionContext) -> bool:
 def by_arrival(request: Request) -> float:
     """An order for tests that rely on one, whatever the default is."""
     return 0
+
+
+def members_of(llm: LLM, request_id: str) -> list[Request]:
+    """The unfinished continuations of a request, in order."""
+    present = [*llm.scheduler.running, *llm.scheduler.waiting]
+    present += [follower for request in present for follower in request.followers]
+    return sorted((request for request in present if request.group_id == request_id), key=lambda r: r.key[-1])
 
 
 def request_with(number: int, prompt: list[int], max_tokens: int = 4, n: int = 1, priority: float = 0) -> Request:

@@ -76,7 +76,8 @@ def assert_refused(call: Callable[[], object], error: type[Exception], *words: s
     ("gpu_memory_utilization", INFINITY, ValueError, "finite"),
     ("gpu_memory_utilization", None, TypeError, "must be a number, got None"),
     ("gpu_memory_utilization", True, TypeError, "got True"),
-    ("max_model_len", 0, ValueError, "must be at least 1, got 0"),
+    ("max_model_len", 0, ValueError, "must be at least 2, got 0"),
+    ("max_model_len", 1, ValueError, "must be at least 2, got 1"),
     ("max_model_len", 50.0, TypeError, "must be an int"),
     ("max_num_seqs", 0, ValueError, "must be at least 1"),
     ("max_num_seqs", None, TypeError, "must be an int"),
@@ -138,7 +139,6 @@ def test_an_invalid_option_is_named_with_what_is_allowed(option: str, value: obj
     ("attention", None, TypeError, "must be a str, got None"),
     ("attention", ["torch"], TypeError, "must be a str"),
     ("max_model_len", 97, ValueError, "from 2 to 96, got 97"),
-    ("max_model_len", 1, ValueError, "from 2 to 96, got 1"),
     ("max_model_len", HUGE, ValueError, "from 2 to 96"),
     ("num_blocks", HUGE, ValueError, f"268435456, got {HUGE}"),
     ("num_blocks", 2**28 + 1, ValueError, "268435456, got 268435457"),
@@ -289,7 +289,7 @@ def test_policies_are_resolved_by_their_names() -> None:
 
 def test_the_scheduler_gets_its_options() -> None:
     options = EngineConfig(max_num_seqs=3, max_waiting=5).settled(TINY, CPU, TORCH)
-    scheduler = make_scheduler(options, BlockAllocator(7, 16))
+    scheduler = make_scheduler(options, 7)
     assert type(scheduler) is Scheduler
     assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.max_model_len) == (3, 512, 96)
     assert scheduler.max_waiting == 5 and scheduler.allocator.num_blocks == 7 and scheduler.order is fcfs
@@ -300,7 +300,7 @@ def test_swapping_gets_a_scheduler_of_its_own() -> None:
     from nanopaged.pressure.swap_space import SwappingScheduler
 
     options = EngineConfig(preemption="swap", swap_blocks=9).settled(TINY, CPU, TORCH)
-    scheduler = make_scheduler(options, BlockAllocator(7, 16))
+    scheduler = make_scheduler(options, 7)
     assert type(scheduler) is SwappingScheduler and scheduler.swap_space.num_blocks == 9
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
+import weakref
 
 import pytest
 import torch
@@ -256,6 +258,18 @@ def test_the_users_own_model_is_left_as_it_is() -> None:
     model = tiny_model()
     LLM(model, device="cpu", dtype="bfloat16", num_blocks=4)
     assert model.wte.weight.dtype == torch.float32
+
+
+def test_an_engine_that_nobody_refers_to_gives_its_memory_back_at_once() -> None:
+    gc.disable()  # on a GPU the next engine's pool would find no room if this had to wait for the collector
+    try:
+        llm = tiny_llm()
+        llm.generate([[1, 2, 3]], GREEDY)
+        left = [weakref.ref(thing) for thing in (llm, llm.model, llm.kv_cache.blocks)]
+        del llm
+        assert [ref() for ref in left] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

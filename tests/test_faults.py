@@ -442,5 +442,5 @@ def test_aborting_a_leader_ends_the_followers_that_have_not_started() -> None:
     llm.scheduler.check_invariants()
     assert_consistent(llm.scheduler)
     assert {member.finish_reason for member in (leader, *followers)} == {"abort"}
-    with pytest.raises(ValueError, match="has finished already"):
+    with pytest.raises(ValueError, match="is not in the queue: it has finished"):
         llm.scheduler.abort(followers[0])

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "config": {"core", "models", "pressure", "fast"},
     "engine": {"core", "models", "config"},
     "simulate": {"core", "pressure"},
-    "bench": {"core", "models", "pressure", "fast", "config", "engine", "simulate"},
+    "bench": {"core", "models", "pressure", "fast", "config", "engine"},
 }
 PUBLIC = {"LLM": "engine", "SamplingParams": "sampling_params", "RequestOutput": "outputs"}  # from `nanopaged` itself
 

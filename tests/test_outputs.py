@@ -7,8 +7,9 @@ from dataclasses import asdict
 import pytest
 
 from nanopaged import SamplingParams
+from nanopaged.config import engine_stats
 from nanopaged.models.tokenizer import TextStream
-from nanopaged.outputs import EngineStats, RequestOutput, SchedulerStats, recent_stats
+from nanopaged.outputs import RequestOutput, SchedulerStats, recent_stats
 from nanopaged.request import Request
 from nanopaged.step import Admission, Step
 from tests.oracle import tiny_model
@@ -49,7 +50,7 @@ def test_without_a_storm_watch_the_recent_figures_are_over_all_steps() -> None:
         llm.add_request([token] * 9, SamplingParams(temperature=0.0, max_tokens=50))
     while llm.has_unfinished_requests():
         llm.step()
-    watched, whole = llm.stats(), EngineStats.of(llm.scheduler, None)
+    watched, whole = llm.stats(), engine_stats(llm.scheduler, None)
     assert whole.num_steps > 64 and whole.num_preemptions > 0
     assert whole.goodput == 1 - whole.recomputed_tokens / whole.computed_tokens
     assert whole.preemptions_per_step == whole.num_preemptions / whole.num_steps

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.crowds import by_arrival, check_every_plan, whatever_fits
+from tests.crowds import by_arrival, check_every_plan, members_of, whatever_fits
 from tests.oracle import assert_dense_continuation, tiny_model
 from tests.recount import assert_consistent, assert_nothing_is_held
 from tests.test_engine import tiny_llm
@@ -37,7 +37,7 @@ def engine(**options: object) -> LLM:
 def start(params: SamplingParams, prompt: list[int] = PROMPT, **options: object) -> tuple[LLM, list[Request]]:
     """An engine with one request, and its continuations."""
     llm = engine(**options)
-    return llm, list(llm._groups[llm.add_request(prompt, params)])
+    return llm, members_of(llm, llm.add_request(prompt, params))
 
 
 def finish(llm: LLM) -> dict[str, RequestOutput]:
@@ -186,7 +186,7 @@ def test_more_continuations_than_seats_are_refused_with_both_numbers() -> None:
 
 def test_seats_are_kept_for_the_continuations_of_a_prompt_that_is_still_computed() -> None:
     llm, members = start(four(n=3), max_num_seqs=4, max_num_batched_tokens=8, order=by_arrival)
-    _, third = (list(llm._groups[llm.add_request([n], four(n=n, max_tokens=2))]) for n in (1, 2))
+    _, third = (members_of(llm, llm.add_request([n], four(n=n, max_tokens=2))) for n in (1, 2))
     while llm.scheduler.has_unfinished():
         llm.step()
         assert len(llm.scheduler.running) <= 4
@@ -238,13 +238,13 @@ def test_aborting_ends_all_continuations_in_every_phase(
     llm = engine(**options, order=by_arrival)
     other = llm.add_request([9] * 5, company)
     victim = llm.add_request(PROMPT, params)
-    members = list(llm._groups[victim])
+    members = members_of(llm, victim)
     while not phase(members):
         assert llm.step()
     output = llm.abort_request(victim)
     llm.scheduler.check_invariants()
     assert_consistent(llm.scheduler)
-    assert output.finished and [*llm.scheduler.running, *llm.scheduler.waiting] == list(llm._groups[other])
+    assert output.finished and [*llm.scheduler.running, *llm.scheduler.waiting] == members_of(llm, other)
     assert llm.scheduler.stats.num_finished == 4
     reasons = [completion.finish_reason for completion in output.outputs]
     assert reasons == (["abort", "abort", "stop", "abort"] if stops else ["abort"] * 4)

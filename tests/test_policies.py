@@ -1,7 +1,7 @@
 """Do the tests tell policy from contract? Another policy fails tests that are marked `policy`, and no others.
 
-In a copy of the checkout a default is changed to another policy that is just as right; then the tests of allocator
-and scheduler run there.
+In a copy of the checkout a default is changed to another policy that is just as right; then the tests of what
+schedules run there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_block_allocator.py", "tests/test_scheduler.py")
+TESTS = ("tests/test_block_allocator.py", "tests/test_scheduler.py", "tests/test_step.py",
+         "tests/test_parallel_sampling.py", "tests/simulate/test_contiguous.py")
 OTHER_POLICIES = {  # (file, what stands there, what takes its place)
     "cached blocks are reused before free ones": (
         "block_allocator.py", "        if self._free:\n", "        if self._free and not self._cached:\n"),

@@ -18,7 +18,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for the command above
 
 import torch  # noqa: E402
-from tests.crowds import check_every_plan  # noqa: E402
+from tests.crowds import check_every_plan, members_of  # noqa: E402
 from tests.faults import step_with_fault  # noqa: E402
 from tests.oracle import TINY, assert_dense_continuation, tiny_model  # noqa: E402
 from tests.recount import assert_consistent, assert_nothing_is_held  # noqa: E402
@@ -95,7 +95,7 @@ def run_scenario(seed: int) -> Counter[str]:
             happened["faults"] += 1
         elif chance < 0.12 and ids.keys() - results.keys():
             victim = rng.choice(sorted(ids.keys() - results.keys()))
-            leader = next(iter(llm._groups[victim]))
+            leader = members_of(llm, victim)[0]
             happened[f"abort while {leader.status.value}"] += 1
             results[victim] = llm.abort_request(victim)
         else:

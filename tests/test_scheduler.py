@@ -79,7 +79,7 @@ class Engine:
         """A plan, checked."""
         scheduler, size = self.scheduler, self.allocator.block_size
         running, first = list(scheduler.running), [*scheduler.running, *self.waiting][:1]
-        preempted_before = scheduler.stats.num_preemptions + self.unrecorded_preemptions()
+        preempted_before = self.preemptions()
         step = scheduler.schedule()
         self.check()
         assert_writes_are_exclusive(scheduler, step)
@@ -90,13 +90,13 @@ class Engine:
             assert start == request.num_computed_tokens < start + num_tokens <= len(request.token_ids)
             assert start + num_tokens <= len(request.block_table) * size, "a block table is too short"
         assert [n == 1 for n in step.num_tokens] == [i < step.num_decodes for i in range(len(step.requests))]
-        gave_way = scheduler.stats.num_preemptions + self.unrecorded_preemptions() - preempted_before
+        gave_way = self.preemptions() - preempted_before
         assert not gave_way or not set(scheduler.running) - set(running), "admitted while others had to give way"
         return step
 
-    def unrecorded_preemptions(self) -> int:
-        """Of a plan that was not carried out."""
-        return sum(request.metrics.preemptions for request in self.requests) - self.scheduler.stats.num_preemptions
+    def preemptions(self) -> int:
+        """Also those of plans that were not carried out."""
+        return sum(request.metrics.preemptions for request in self.requests)
 
     def forward(self, step: Step) -> dict[Request, int]:
         """Computes what the plan says, and draws a token for each request whose last known token was computed."""
@@ -589,7 +589,7 @@ def test_aborting_a_finished_request_is_an_error_and_changes_nothing() -> None:
     engine = Engine()
     request = engine.add([1], max_tokens=1)
     engine.run()
-    with pytest.raises(ValueError, match="finished"):
+    with pytest.raises(ValueError, match="it has finished"):
         engine.scheduler.abort(request)
     assert request.finish_reason == "length"
     assert engine.scheduler.stats.num_finished == 1

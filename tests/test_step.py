@@ -20,6 +20,7 @@ from nanopaged.pressure.swap_space import SwappingScheduler
 from nanopaged.request import Request, RequestStatus
 from nanopaged.scheduler import Scheduler
 from nanopaged.step import Listener, Step
+from nanopaged.waiting import AdmissionContext
 
 MODEL = tiny_model()
 
@@ -203,7 +204,7 @@ def test_a_plan_that_was_not_carried_out_has_its_admissions_and_preemptions_in_t
 
 
 def test_moves_that_were_made_before_the_model_raised_are_in_the_step_that_is_recorded() -> None:
-    scheduler, rng = Scheduler(BlockAllocator(8, 4), 4, 64, 64), random.Random(0)
+    scheduler, rng = Scheduler(BlockAllocator(8, 4), 4, 64, 64, whatever_fits), random.Random(0)
     scheduler.add(request_with(0, [1] * 6, 8, n=3))
     take_step(scheduler, rng)
     copies = list(scheduler.schedule().moves)
@@ -213,6 +214,28 @@ def test_moves_that_were_made_before_the_model_raised_are_in_the_step_that_is_re
     assert (again.moves, scheduler.moves) == (copies, [])
     record(scheduler, again, rng)
     assert take_step(scheduler, rng).moves == []
+
+
+def test_a_policy_that_raises_loses_no_admission_and_no_move() -> None:
+    asked: list[AdmissionContext] = []
+
+    def raises_at_the_third(context: AdmissionContext) -> bool:
+        asked.append(context)
+        if context.committed and len(asked) == 6:  # 4 requests were added; the first is admitted without a question
+            raise ZeroDivisionError
+        return True
+
+    scheduler, rng = Scheduler(BlockAllocator(40, 4), 8, 64, 64, raises_at_the_third, by_arrival), random.Random(0)
+    for number in range(4):
+        scheduler.add(request_with(number, [number] * 6, 8, n=2 if number == 0 else 1))
+    with pytest.raises(ZeroDivisionError):
+        scheduler.schedule()
+    assert len(scheduler.running) == 2
+    take_step(scheduler, rng)
+    assert scheduler.stats.prompt_tokens == 4 * 6
+    asked.clear()
+    copies = scheduler.schedule().moves
+    assert [move.kind for move in copies] == ["copy"]
 
 
 class Recount(Listener):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from nanopaged.batch import Batch, upload
+from nanopaged.block_allocator import blocks_for
 from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.paged_attention import TRITON, device_of
 from nanopaged.step import Step
@@ -52,7 +53,7 @@ def padded(batch: Batch, size: int, table_width: int) -> Batch:
     missing = size - len(batch.seq_lens)
 
     def repeated(values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values, *[values[-1:]] * missing])
+        return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
 
     tables = F.pad(batch.block_tables, (0, table_width - batch.block_tables.shape[1]))
     rows = torch.arange(size + 1, dtype=torch.int32)
@@ -75,7 +76,7 @@ class DecodeGraphs:
     def __init__(self, model: GPT2, kv_cache: torch.Tensor, block_size: int, max_model_len: int, max_num_seqs: int,
                  eager: Callable[[Step], torch.Tensor], capture: Callable[[Replay], Replay] | None = None) -> None:
         self.model, self.kv_cache, self.block_size, self.eager = model, kv_cache, block_size, eager
-        self.table_width = -(-max_model_len // block_size)
+        self.table_width = blocks_for(max_model_len, block_size)
         self.sizes = batch_sizes(max_num_seqs)
         self.capture = capture or _CudaCapture(kv_cache.device)
         self.recorded: dict[int, tuple[Batch, Replay]] = {}  # batch size -> its inputs, and what computes their logits
@@ -94,7 +95,7 @@ class DecodeGraphs:
                 inputs.flat.copy_(batch.flat.pin_memory() if inputs.flat.is_cuda else batch.flat, non_blocking=True)
                 logits = replay()  # (size, vocab_size)
             else:
-                inputs = Batch(upload(batch.flat, self.kv_cache.device), *batch.sizes)
+                inputs = Batch(upload(batch.flat, self.kv_cache.device), size, size, size, size)
                 # This step runs eagerly: Triton compiles and cuBLAS starts up, which may not happen in a recording.
                 logits = self.model(inputs, self.kv_cache, TRITON)  # (size, vocab_size)
                 self.recorded[size] = inputs, self.capture(lambda: self.model(inputs, self.kv_cache, TRITON))

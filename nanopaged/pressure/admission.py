@@ -1,7 +1,7 @@
-"""Whom to admit, and when? Two policies beside the watermark of `waiting`: one too careful, one not at all.
+"""Which request to admit, and when? Two policies beside the watermark of `waiting`: the most careful, and the least.
 
-`reserve` and `greedy` mark out the ground between which every policy lies. Another is a function of an
-`AdmissionContext`: `LLM(admission=my_policy)`.
+Every other policy lies between these two. One of your own is a function of an `AdmissionContext`:
+`LLM(admission=my_policy)`.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
     "shortest"   the smallest `max_tokens` first, which lowers the mean waiting time (shortest job first). A
                  steady stream of short requests starves the long ones.
 
-Another is a function of a request that returns a number: `LLM(order=my_order)`. The number is asked once,
-when the request is added. It decides who is admitted next, and who gives way when the pool is full: the
-last of the running requests. A waiting request never preempts a running one, so an urgent request waits
-until there is room.
+Another is a function of a request that returns a number: `LLM(order=my_order)`. It is called once, when the
+request is added. The number decides which request is admitted next, and which gives way when the pool is
+full: the last of the running ones. A waiting request never preempts a running one, so an urgent request
+waits until there is room.
 """
 
 from __future__ import annotations

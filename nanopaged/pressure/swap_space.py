@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from nanopaged.block_allocator import BlockAllocator
+from nanopaged.block_allocator import BlockAllocator, blocks_for
 from nanopaged.invariants import InvariantError
 from nanopaged.request import Request
 from nanopaged.scheduler import Scheduler
-from nanopaged.step import BlockMove, Step
+from nanopaged.step import Step
 from nanopaged.validation import require_int
 
 
@@ -48,18 +48,20 @@ class SwappingScheduler(Scheduler):
         Blocks that another request still needs are not moved: they are the beginning of the table,
         since a request that holds a block holds the blocks before it.
         """
-        pool, table, used = self.allocator, request.block_table, self._blocks_for(request.num_computed_tokens)
+        pool, table = self.allocator, request.block_table
+        used = blocks_for(request.num_computed_tokens, self.block_size)
         stay = 0
         while stay < used and pool.is_published(table[stay]) and pool.ref_count(table[stay]) > 1:
             stay += 1
         if stay == used or self.swap_space.num_available < used - stay:
             return
         blocks = {i: self.swap_space.take() for i in range(stay, used)}
-        self.moves += [BlockMove("to_host", table[i], block) for i, block in blocks.items()]
+        for i, block in blocks.items():
+            self._move("to_host", table[i], block)
         self.swapped[request] = Swapped(blocks, request.num_computed_tokens)
 
     def _restorable_tokens(self, request: Request, hit: int) -> int:
-        """None if the hit no longer reaches as far as the swapped blocks.
+        """0 if the hit no longer reaches as far as the swapped blocks.
 
         The gap must be recomputed then, and what follows it too, since one number says how far a request
         is computed.
@@ -74,9 +76,9 @@ class SwappingScheduler(Scheduler):
         super()._seat(request, prefix)
         table, size = request.block_table, self.block_size
         request.num_computed_tokens += self._restorable_tokens(request, request.num_computed_tokens)
-        for i in range(len(table), self._blocks_for(request.num_computed_tokens)):
+        for i in range(len(table), blocks_for(request.num_computed_tokens, self.block_size)):
             table.append(self.allocator.take())
-            self.moves.append(BlockMove("to_pool", self.swapped[request].blocks[i], table[i]))
+            self._move("to_pool", self.swapped[request].blocks[i], table[i])
             filled = min(size, request.num_computed_tokens - i * size)
             self.allocator.fill(table[i], filled)
             if filled == size:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from nanopaged.block_allocator import blocks_for
 from nanopaged.outputs import SchedulerStats
 from nanopaged.pressure.storm import StormWatch
 from nanopaged.pressure.swap_space import SwappingScheduler
@@ -81,7 +82,7 @@ class PagedServer(Scheduler):
 
     def slots_for(self, request: Request) -> int:
         """In its blocks at full length, which can be `longest` at most."""
-        return self._blocks_for(request.max_length - 1) * self.block_size
+        return blocks_for(request.max_length - 1, self.block_size) * self.block_size
 
     def memory(self, writing: int, refused: bool) -> MemoryUse:
         """What the slots hold during a step; O(1). A shared block counts once, a cached one as free.

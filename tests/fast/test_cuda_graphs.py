@@ -10,7 +10,7 @@ import torch
 
 from nanopaged import LLM, SamplingParams
 from nanopaged.batch import Batch
-from nanopaged.config import EngineConfig, graph_bytes
+from nanopaged.config import EngineConfig, reserved_bytes
 from nanopaged.fast import cuda_graphs
 from nanopaged.fast.cuda_graphs import DecodeGraphs, batch_sizes, is_decode, logits_bytes, padded
 from nanopaged.gpt2 import GPT2Config
@@ -87,7 +87,7 @@ def test_a_padded_batch_repeats_its_last_request(num_requests: int, size: int, t
 
 def test_all_batches_of_one_size_have_the_same_shapes() -> None:
     batches = [padded(decode_batch(n), 8, 12) for n in (1, 3, 8)]
-    assert len({(batch.sizes, batch.flat.shape) for batch in batches}) == 1
+    assert len({(len(batch.seq_lens), len(batch.logits_rows), batch.flat.shape) for batch in batches}) == 1
 
 
 @pytest.mark.parametrize("num_tokens, known, num_followers, expected", [
@@ -184,7 +184,7 @@ def test_memory_is_reserved_for_the_recordings_where_steps_are_recorded(
     device: str, attention: object, options: dict[str, object], some: bool
 ) -> None:
     config = EngineConfig(max_num_seqs=8, **options)
-    reserved = graph_bytes(config, MODEL, torch.device(device), attention)
+    reserved = reserved_bytes(config, MODEL, torch.device(device), attention)
     assert reserved == (4 * 61 * (1 + 2 + 4 + 8) if some else 0)  # float32 logits of a vocabulary of 61
     assert logits_bytes(GPT2Config(vocab_size=50257), torch.float16, 1) == 2 * 50257
 

@@ -225,7 +225,8 @@ def test_free_memory_is_not_waste_if_the_step_has_no_tokens_left() -> None:
     assert server.step() == MemoryUse(tokens=6, reserved=4, internal=0, external=0, free=40)
 
 
-def test_a_request_that_does_not_fit_is_not_overtaken_by_a_later_one_that_would() -> None:
+@pytest.mark.policy
+def test_under_fcfs_a_request_that_does_not_fit_is_not_overtaken_by_a_later_one_that_would() -> None:
     server = Server("oracle", 20)
     server.add(10, 6)
     long, short = server.add(8, 3), server.add(2, 2)

@@ -233,6 +233,7 @@ def figures(path: Path, *arguments: str) -> dict[str, dict[str, object]]:
     return json.loads(path.read_text())["figures"]["results"]
 
 
+@pytest.mark.policy
 @pytest.mark.parametrize("option, default, name, own, servers", [
     ("--admission", "watermark", "reserve", "mine:in_full", {"paged"}),
     ("--order", "fcfs", "shortest", "mine:shortest_first", {"paged", "max", "pow2", "oracle"})])

@@ -296,6 +296,7 @@ def test_storms_are_counted() -> None:
     assert simulate(fixed(*[(0.0, 8, 60)] * 40), 0, paged(clock, 800), clock, SECOND).num_storms == 0
 
 
+@pytest.mark.policy
 @pytest.mark.parametrize("seed", range(3))
 def test_paging_runs_the_largest_batches_and_then_the_baselines_that_know_more(seed: int) -> None:
     results = {name: small_run(name, seed)[1] for name in ("paged", *RESERVATIONS)}
