@@ -22,11 +22,10 @@ def uniform(seed: int, index: int) -> float:
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """One token for each row.
+    """One token for each row of `logits`, (num_rows, vocab_size) of any float dtype.
 
-    `logits` is (num_rows, vocab_size), any float dtype; row i is sampled with the parameters and seed of
-    `requests[i]`. The host waits for the device only where it reads the num_rows ids back: what a draw
-    needs goes up in one copy, and a fault in the logits comes down as an id, -1.
+    Row i is sampled with the parameters and seed of `requests[i]`. The host waits for the device only where it reads
+    the num_rows ids back: what a draw needs goes up in one copy, and a fault in the logits comes down as an id, -1.
     """
     likeliest, token_ids = logits.max(dim=-1)  # (num_rows,)
     rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
