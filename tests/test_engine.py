@@ -61,8 +61,8 @@ def run_random_mixture(seed: int, check_every_step: bool = True, **fixed) -> int
             outputs[output.request_id] = output
         if check_every_step:
             llm.scheduler.check_invariants()
-    for request_id, prompt, wishes in zip(ids, prompts, params):
-        wanted = continue_densely(model, prompt, wishes)
+    for request_id, prompt, own_params in zip(ids, prompts, params):
+        wanted = continue_densely(model, prompt, own_params)
         assert outputs[request_id].outputs[0].token_ids == wanted, f"request {request_id}, seed {seed}, {options}"
         assert outputs[request_id].finished, f"seed {seed}"
     stats = llm.stats()
@@ -84,8 +84,8 @@ def test_scheduling_is_invisible_with_the_triton_kernels(seed: int) -> None:
     model, prompts = tiny_model(), random_prompts(rng, 4)
     params = [SamplingParams(temperature=0.0, max_tokens=rng.randint(2, 5)) for _ in prompts]
     llm = tiny_llm(model, attention="triton", device=device, dtype="float32", num_blocks=12, max_num_batched_tokens=32)
-    for output, prompt, wishes in zip(llm.generate(prompts, params), prompts, params):
-        assert output.outputs[0].token_ids == continue_densely(model, prompt, wishes), f"seed {seed}"
+    for output, prompt, own_params in zip(llm.generate(prompts, params), prompts, params):
+        assert output.outputs[0].token_ids == continue_densely(model, prompt, own_params), f"seed {seed}"
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2])
@@ -260,7 +260,7 @@ def test_the_users_own_model_is_left_as_it_is() -> None:
     assert model.wte.weight.dtype == torch.float32
 
 
-def test_an_engine_that_nobody_refers_to_gives_its_memory_back_at_once() -> None:
+def test_an_engine_without_references_gives_its_memory_back_at_once() -> None:
     gc.disable()  # on a GPU the next engine's pool would find no room if this had to wait for the collector
     try:
         llm = tiny_llm()
