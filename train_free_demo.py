@@ -159,7 +159,7 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[Request
                 display.event(step, f"request {output.request_id} is done: {output.outputs[0].text[:60]!r}")
         stats, running = llm.stats(), llm.scheduler.running
         if stats.num_preemptions > preemptions:
-            display.event(step, f"the pool is full: {stats.num_preemptions - preemptions} requests give way")
+            display.event(step, f"the pool is full, requests that give way: {stats.num_preemptions - preemptions}")
         preemptions = stats.num_preemptions
         peak_blocks = max(peak_blocks, stats.referenced_blocks)
         reserved = sum(blocks_for(request.max_length, llm.config.block_size) for request in running)
@@ -178,9 +178,10 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[Request
         "tokens/s": f"{generated / seconds:.1f} ({seconds:.1f} s, {llm.device}, "
                     f"{str(llm.dtype).removeprefix('torch.')})",
         "prompt tokens asked for": f"{stats.prompt_tokens}",
-        "prompt tokens computed": f"{stats.prompt_tokens - stats.prompt_hit_tokens} (the others were shared)",
+        "prompt tokens computed": f"{stats.prompt_tokens - stats.prompt_hit_tokens} "
+                                  f"({stats.prompt_hit_tokens} were shared)",
         "peak blocks used": f"{peak_blocks} of {stats.num_blocks}",
-        "contiguous reservation": f"{peak_contiguous} blocks, for the same requests at full length",
+        "contiguous reservation": f"{peak_contiguous} blocks, for those running together at full length",
         "preemptions": f"{stats.num_preemptions}",
         "eviction storms": f"{stats.num_storms}",
         "tokens computed": f"{stats.computed_tokens}, of which {stats.recomputed_tokens} again; "

@@ -30,7 +30,7 @@ class RaggedBatch(Protocol):
         query_start: (num_requests + 1,) int32, from 0 to num_tokens, not falling; request i has the
             rows query_start[i] .. query_start[i + 1] - 1.
         seq_lens: (num_requests,) int32, tokens in the context, with this step's rows.
-        num_decodes: the first so many requests have one row each.
+        num_decodes: the first `num_decodes` requests have one row each.
         plan: None, or what an attention has computed from these, for all layers.
     """
 

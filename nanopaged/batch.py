@@ -30,12 +30,12 @@ class Batch:
     Attributes:
         token_ids, positions: (num_tokens,), positions in the requests' own sequences.
         slots: (num_tokens,), where each token's K and V are written.
-        query_start: (num_requests + 1,), request i's rows are [i], ..., [i + 1] - 1.
+        query_start: (num_requests + 1,), request i's rows are query_start[i], ..., query_start[i + 1] - 1.
         seq_lens: (num_requests,), tokens that its last row attends to.
         logits_rows: (num_sampled,), the rows from which a token is sampled.
         block_tables: (num_requests, width), padded with 0, never read there.
-        num_decodes: the first so many requests have one row each.
-        plan: what an attention computes from these once, for all layers.
+        num_decodes: the first `num_decodes` requests have one row each.
+        plan: what an attention may compute from these once, for all layers; None until then.
     """
 
     def __init__(self, flat: torch.Tensor, num_tokens: int, num_requests: int, num_sampled: int,

@@ -56,7 +56,7 @@ class Request:
         self.waiting_since = 0.0
         self.followers: list[Request] = []  # that have not started
         self.max_length = self.num_prompt_tokens + params.max_tokens  # the scheduler may lower it
-        self.full_blocks = 0  # in the block table at full length
+        self.full_blocks = 0  # blocks in its table at full length
 
         # The scheduler's: its KV.
         self.block_table: list[int] = []  # logical block i is physical block block_table[i]

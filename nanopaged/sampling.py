@@ -25,7 +25,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """One token for each row of `logits`, (num_rows, vocab_size) of any float dtype.
 
     Row i is sampled with the parameters and seed of `requests[i]`. The host waits for the device only where it reads
-    the num_rows ids back: what a draw needs goes up in one copy, and a fault in the logits comes down as an id, -1.
+    the num_rows ids back: what a draw needs goes up in one copy, and a fault in the logits is reported as the id -1.
     """
     likeliest, token_ids = logits.max(dim=-1)  # (num_rows,)
     rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]

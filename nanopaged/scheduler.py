@@ -55,7 +55,7 @@ class Scheduler:
         self.running: list[Request] = []  # sorted by key
         self.waiting = WaitingQueue()
         self.committed_seats = self.committed_blocks = 0  # of running requests and their followers, at full length
-        self.moves: list[BlockMove] = []  # planned, and not carried out yet
+        self.moves: list[BlockMove] = []  # planned, and not carried out yet; a step keeps its own
         self.stats = SchedulerStats()
         self.listeners = Listeners([self.stats])
         self._arrivals = count()
@@ -85,8 +85,8 @@ class Scheduler:
     def schedule(self) -> Step:
         """Plans the next step: running requests first, then as many waiting ones as fit.
 
-        The first running request always advances: alone it fits the pool (see `add`), and all others
-        give way to it.
+        The first running request always advances: alone it fits the pool (`refuse_what_never_fits`), and
+        all others give way to it.
         """
         step, unrecorded = Step(self.max_num_batched_tokens), self._unrecorded
         if unrecorded is not None:  # it was not carried out, but these have happened
@@ -166,7 +166,7 @@ class Scheduler:
                 break
             # The last token is computed even if it is cached: the next one is drawn from its logits.
             prefix = self.allocator.find_prefix(request.token_ids, known - 1)
-            if self.running and not self._fits(request, prefix, step.budget):  # alone it fits, see `add`
+            if self.running and not self._fits(request, prefix, step.budget):  # alone it fits: `refuse_what_never_fits`
                 break
             self._seat(request, prefix)
             hit = len(prefix) * self.block_size

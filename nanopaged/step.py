@@ -42,11 +42,11 @@ class Step:
     requests: list[Request] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
-    num_decodes: int = 0  # the first so many requests compute one token each, the others more
+    num_decodes: int = 0  # the first `num_decodes` requests compute one token each, the others more
     # (i, request): a token for `request` is drawn from the logits of requests[i]'s last row. It is that
-    # request, or one of its followers, which start with this token.
+    # request, or one of its followers, whose first token it is.
     sampled: list[tuple[int, Request]] = field(default_factory=list)
-    leaders: list[Request] = field(default_factory=list)  # whose followers start
+    leaders: list[Request] = field(default_factory=list)  # their followers start with this step
     computed_tokens: int = 0
     # Since the step that was recorded last; a plan that was not carried out has its part in it.
     moves: list[BlockMove] = field(default_factory=list)  # made before the step is computed
@@ -74,7 +74,8 @@ class Step:
 class Listener:
     """Is told what happened, once the state is consistent. It may read everything, and call nothing that changes it.
 
-    A base for listeners; any object that has one of these methods is one.
+    A base for listeners; any object that has one of these methods is one. `llm.scheduler.listeners.append(listener)`
+    attaches it. A request's `group_id` is the id that `LLM.add_request` returned.
     """
 
     def added(self, request: Request) -> None:

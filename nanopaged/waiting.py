@@ -80,7 +80,8 @@ def refuse_what_never_fits(request: Request, max_length: int, full_blocks: int, 
                          f"{pool}: lower max_tokens, or raise num_blocks")
     empty = AdmissionContext(pool=pool, available=pool, committed=0, chunk=0, prompt=0, full=full_blocks * seats)
     if not scheduler.admission(empty):
-        raise ValueError(f"the request can never fit: the admission policy refuses it even in an empty pool, {empty}")
+        raise ValueError("the request can never fit: the admission policy refuses it even in an empty pool (a function "
+                         f"of your own must return a bool), {empty}")
 
 
 class WaitingQueue:

@@ -84,7 +84,7 @@ class StormWatch:
         longest = max(pressed, key=lambda request: request.full_blocks, default=None)
         others = [request for request in pressed if 2 * request.full_blocks <= num_blocks]
         if longest is not None and 2 * longest.full_blocks > num_blocks and len(others) > 1:
-            return (f"Likely cause: one very long request ({longest.request_id!r} holds up to {longest.full_blocks} of "
+            return (f"Likely cause: one very long request ({longest.group_id!r} holds up to {longest.full_blocks} of "
                     f"{num_blocks} blocks). Paging does not make it smaller: run it alone, or enlarge the pool")
         hit, hit_before = (f.hit_tokens / max(1, f.admitted_tokens) for f in (self.window, self.before))
         if hit_before > 0.3 and hit < hit_before / 2:
