@@ -122,11 +122,16 @@ class SchedulerStats:
                             self.referenced_block_steps, num_blocks)
 
 
+def goodput(computed_tokens: int, recomputed_tokens: int) -> float:
+    """Share of the computed tokens that were computed for the first time; 1 if none was computed."""
+    return 1.0 - recomputed_tokens / computed_tokens if computed_tokens else 1.0
+
+
 @dataclass(kw_only=True)
 class RecentStats:
     """Averages over recent steps; over all steps if there is no storm watch."""
 
-    goodput: float  # share of the computed tokens that were computed for the first time
+    goodput: float
     preemptions_per_step: float
     pool_occupancy: float  # share of the pool that was referenced
 
@@ -135,8 +140,8 @@ def recent_stats(steps: int, computed: int, recomputed: int, preemptions: int, b
                  num_blocks: int) -> RecentStats:
     """From sums over `steps` steps, of tokens, preemptions and referenced blocks."""
     steps = max(1, steps)
-    return RecentStats(goodput=1.0 - recomputed / computed if computed else 1.0,
-                       preemptions_per_step=preemptions / steps, pool_occupancy=block_steps / steps / num_blocks)
+    return RecentStats(goodput=goodput(computed, recomputed), preemptions_per_step=preemptions / steps,
+                       pool_occupancy=block_steps / steps / num_blocks)
 
 
 @dataclass(kw_only=True)

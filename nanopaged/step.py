@@ -58,7 +58,7 @@ class Step:
     referenced_blocks: int = 0
 
     def arrange(self) -> None:
-        """Moves decoding requests to the front, and decides for which requests tokens are drawn."""
+        """Moves decoding requests to the front, where attention finds them, and decides which requests are sampled."""
         self.computed_tokens, self.num_decodes = sum(self.num_tokens), self.num_tokens.count(1)
         if self.num_tokens[: self.num_decodes].count(1) < self.num_decodes:  # else they stand there already
             rows = sorted(zip(self.requests, self.starts, self.num_tokens), key=lambda row: row[2] > 1)  # stable

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from operator import add, sub
 from typing import NamedTuple
 
-from nanopaged.outputs import RecentStats, recent_stats
+from nanopaged.outputs import RecentStats, goodput, recent_stats
 from nanopaged.request import Request
 from nanopaged.step import Step
 
@@ -38,7 +38,7 @@ class StepFigures(NamedTuple):
 
     @property
     def goodput(self) -> float:
-        return 1.0 - self.recomputed_tokens / self.computed_tokens if self.computed_tokens else 1.0
+        return goodput(self.computed_tokens, self.recomputed_tokens)
 
 
 class StormWatch:

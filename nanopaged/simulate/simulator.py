@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanopaged.block_allocator import blocks_for
-from nanopaged.outputs import SchedulerStats
+from nanopaged.outputs import SchedulerStats, goodput
 from nanopaged.pressure.storm import StormWatch
 from nanopaged.pressure.swap_space import SwappingScheduler
 from nanopaged.request import Request
@@ -268,5 +268,5 @@ def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, simula
         average_batch=averages.requests / seconds, average_table=averages.table_entries / averages.requests,
         tokens_per_s=averages.output_tokens / seconds, ttft_p50_s=first_tokens.percentile(50),
         ttft_p99_s=first_tokens.percentile(99), tbt_p50_s=gaps.percentile(50), tbt_p99_s=gaps.percentile(99),
-        simulated_s=simulated_s, goodput=1 - stats.recomputed_tokens / stats.computed_tokens,
+        simulated_s=simulated_s, goodput=goodput(stats.computed_tokens, stats.recomputed_tokens),
         hit_share=stats.prompt_hit_tokens / stats.prompt_tokens, num_storms=num_storms, counts=stats)
