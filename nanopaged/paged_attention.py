@@ -34,8 +34,7 @@ from typing import Any
 
 import torch
 
-from nanopaged.attention_arguments import RaggedBatch, check_attention, check_write
-from nanopaged.torch_attention import AttentionBackend
+from nanopaged.attention_arguments import AttentionBackend, RaggedBatch, check_attention, check_write
 
 try:
     import triton
@@ -90,7 +89,7 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
             _prompt_kernel[(num_tokens // tile_q + num_requests, num_kv_heads)](
                 *inputs, out, query_start, num_requests, TILE_Q=tile_q, TILE_ROWS=rows, **constants,
                 # What fits the registers: docs/kernel.md has the compiler's figures.
-                num_stages=2 if q.element_size() == 2 else 3, num_warps=4 if head_dim <= 128 else 8)
+                num_stages=2 if q.element_size() == 2 else 3, num_warps=4 if head_dim * q.element_size() <= 256 else 8)
             return out
         longest = block_tables.shape[1] * block_size  # what the tables have room for; lengths are the device's to know
         tokens = split_tokens(num_requests * num_kv_heads, longest, _multiprocessors(q.device))
@@ -111,11 +110,8 @@ TRITON = AttentionBackend(write_kv_triton, paged_attention_triton)
 
 
 def prompt_tile(group: int, element_bytes: int) -> tuple[int, int]:
-    """(rows, query tokens) of a prompt program's tile.
-
-    64 rows of half floats are what Hopper's tensor cores take at once; exact float32 has no tensor
-    cores, and its products keep more in registers.
-    """
+    """(rows, query tokens) of a prompt program's tile."""
+    # Hopper's tensor cores take 64 rows of half floats at once. Exact float32 has none, and fills more registers.
     rows = max(128 // element_bytes, triton.next_power_of_2(group))
     return rows, rows // group
 
@@ -160,8 +156,8 @@ def check_launch(cache: torch.Tensor) -> None:
 def jit(*unspecialized: str) -> Callable[[Callable], Any]:
     """`triton.jit`, where there is Triton.
 
-    Triton compiles a kernel again for an integer that is 1, or divisible by 16, or a pointer that is
-    aligned; of the arguments named here it need not know, so that no batch is the first of its kind.
+    It compiles a kernel again for an integer that is 1 or divisible by 16, or a pointer that is aligned,
+    but not for the arguments named here: so no batch is the first of its kind.
     """
     if triton is None:
         return lambda function: function
@@ -170,8 +166,8 @@ def jit(*unspecialized: str) -> Callable[[Callable], Any]:
 
 @jit("slots")
 def _write_kv_kernel(
-    k, v, k_cache, v_cache, slots,
-    k_stride_token, k_stride_head, v_stride_token, v_stride_head, k_stride_block, v_stride_block,
+    k, v, k_cache, v_cache, slots, k_stride_token, k_stride_head, v_stride_token, v_stride_head, k_stride_block,
+    v_stride_block,
     NUM_KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):
     """Program t copies token t, all its heads; argument layouts as in `write_kv_torch`."""
@@ -182,10 +178,10 @@ def _write_kv_kernel(
     real = (heads < NUM_KV_HEADS) & (dims < HEAD_DIM)  # (TILE_HEADS, HEAD_DIM)
     inside = heads * (BLOCK_SIZE * HEAD_DIM) + (slot % BLOCK_SIZE) * HEAD_DIM + dims
     block = slot // BLOCK_SIZE
-    tl.store(k_cache + block * k_stride_block + inside,
-             tl.load(k + token * k_stride_token + heads * k_stride_head + dims, mask=real), mask=real)
-    tl.store(v_cache + block * v_stride_block + inside,
-             tl.load(v + token * v_stride_token + heads * v_stride_head + dims, mask=real), mask=real)
+    k_row = tl.load(k + token * k_stride_token + heads * k_stride_head + dims, mask=real)  # (TILE_HEADS, HEAD_DIM)
+    v_row = tl.load(v + token * v_stride_token + heads * v_stride_head + dims, mask=real)
+    tl.store(k_cache + block * k_stride_block + inside, k_row, mask=real)
+    tl.store(v_cache + block * v_stride_block + inside, v_row, mask=real)
 
 
 @jit()
@@ -198,48 +194,57 @@ def _dot(a, b, WIDEN: tl.constexpr):
 
 @jit()
 def _attend(
-    q_tile, last_position, begin, end, table, kv_head, k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
-    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_KV: tl.constexpr,
-    WIDEN: tl.constexpr,
+    q_tile, last_position, begin, seen_by_all, end, table, kv_head, k_cache, v_cache, k_stride_block, v_stride_block,
+    scale_log2, CAUSAL: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
+    TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
 ):
-    """A tile of rows attends to positions begin .. end - 1 of one context, each row up to its last position.
+    """A tile of rows attends to positions begin .. end - 1 of one context.
 
-    `q_tile` is (TILE_ROWS, HEAD_DIM), `last_position` (TILE_ROWS,), at least `begin`; `table` points at
-    the request's block table. Returns the rows' weighted means of V (TILE_ROWS, HEAD_DIM), and the base-2
-    logarithms of their sums of exponentials (TILE_ROWS,), both float32.
+    All rows see the positions before `seen_by_all`, in whole tiles; if CAUSAL, each row sees the others up to its
+    last position. `q_tile` is (TILE_ROWS, HEAD_DIM), `last_position` (TILE_ROWS,); `table` points at the block table.
+    Returns the weighted means of V (TILE_ROWS, HEAD_DIM) and log2 of the sums of exponentials (TILE_ROWS,), float32.
     """
     maximum = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_ROWS,), tl.float32)
     weighted = tl.zeros((TILE_ROWS, HEAD_DIM), tl.float32)
-    tokens = tl.arange(0, TILE_KV)
-    dims = tl.arange(0, HEAD_DIM)
-    for start in range(begin, end, TILE_KV):
-        place = start + tokens  # (TILE_KV,) positions in the request's sequence
-        inside = place < end
-        block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0)
-        block = block.to(tl.int64)  # an element's place in a large pool passes 2**31
-        in_block = kv_head * (BLOCK_SIZE * HEAD_DIM) + (place % BLOCK_SIZE) * HEAD_DIM
-        k_tile = tl.load(k_cache + (block * k_stride_block + in_block)[:, None] + dims[None, :],
-                         mask=inside[:, None], other=0.0)  # (TILE_KV, HEAD_DIM)
-        scores = _dot(q_tile, tl.trans(k_tile), WIDEN) * scale_log2  # (TILE_ROWS, TILE_KV)
-        scores = tl.where(place[None, :] <= last_position[:, None], scores, float("-inf"))
-        # Every row sees `begin`, in the first tile: its maximum is finite from there on.
-        larger = tl.maximum(maximum, tl.max(scores, axis=1))
-        shrink = tl.exp2(maximum - larger)  # what was summed so far, at the larger maximum
-        probs = tl.exp2(scores - larger[:, None])
-        maximum = larger
-        total = total * shrink + tl.sum(probs, axis=1)
-        v_tile = tl.load(v_cache + (block * v_stride_block + in_block)[:, None] + dims[None, :],
-                         mask=inside[:, None], other=0.0)  # (TILE_KV, HEAD_DIM)
-        weighted = weighted * shrink[:, None] + _dot(probs.to(v_tile.dtype), v_tile, WIDEN)
+    tokens, dims = tl.arange(0, TILE_KV), tl.arange(0, HEAD_DIM)
+    # Masked tiles are one or two: too few to load ahead of, and in need of registers.
+    STAGES: tl.constexpr = 1 if k_cache.dtype.element_ty.primitive_bitwidth == 16 else 2
+    for MASKED in tl.static_range(1 + CAUSAL):
+        for start in tl.range(seen_by_all if MASKED else begin, end if MASKED else seen_by_all, TILE_KV,
+                              num_stages=STAGES if MASKED else None):
+            place = start + tokens  # (TILE_KV,) positions in the request's sequence
+            inside = place < end
+            block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)  # elements pass 2**31
+            in_block = kv_head * (BLOCK_SIZE * HEAD_DIM) + (place % BLOCK_SIZE) * HEAD_DIM
+            k_tile = tl.load(k_cache + (block * k_stride_block + in_block)[:, None] + dims[None, :],
+                             mask=inside[:, None], other=0.0)  # (TILE_KV, HEAD_DIM)
+            v_tile = tl.load(v_cache + (block * v_stride_block + in_block)[:, None] + dims[None, :],
+                             mask=inside[:, None], other=0.0)  # (TILE_KV, HEAD_DIM)
+            scores = _dot(q_tile, tl.trans(k_tile), WIDEN) * scale_log2  # (TILE_ROWS, TILE_KV)
+            seen = inside[None, :]
+            if MASKED:
+                seen = place[None, :] <= last_position[:, None]  # (TILE_ROWS, TILE_KV)
+                # The weight of a masked position is 0, but 0 * nan is nan. So a V that is not finite is taken out,
+                # and spoils the scores instead, of which only the rows that see it take any notice.
+                faults = v_tile.to(tl.float32) * 0.0  # (TILE_KV, HEAD_DIM) nan where V is not finite, else 0
+                v_tile = tl.where(faults == 0.0, v_tile, 0.0).to(v_tile.dtype)
+                scores += tl.sum(faults, axis=1)[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+            # Every row sees `begin`, in the first tile: its maximum is finite from there on.
+            larger = tl.maximum(maximum, tl.max(scores, axis=1))
+            shrink = tl.exp2(maximum - larger)  # what was summed so far, at the larger maximum
+            probs = tl.exp2(scores - larger[:, None])
+            maximum = larger
+            total = total * shrink + tl.sum(probs, axis=1)
+            weighted = weighted * shrink[:, None] + _dot(probs.to(v_tile.dtype), v_tile, WIDEN)
     return weighted / total[:, None], maximum + tl.log2(total)
 
 
 @jit("block_tables", "seq_lens", "table_stride", "query_start", "num_requests")
 def _prompt_kernel(
-    q, k_cache, v_cache, block_tables, seq_lens, scale_log2, q_stride_token, q_stride_head,
-    k_stride_block, v_stride_block, table_stride,
-    out, query_start, num_requests,
+    q, k_cache, v_cache, block_tables, seq_lens, scale_log2, q_stride_token, q_stride_head, k_stride_block,
+    v_stride_block, table_stride, out, query_start, num_requests,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):
@@ -265,20 +270,20 @@ def _prompt_kernel(
         return  # tiles are numbered with room for every request's last one, which not all need
     seq_len = tl.load(seq_lens + request)
 
-    rows = tl.arange(0, TILE_ROWS)
+    rows, dims = tl.arange(0, TILE_ROWS), tl.arange(0, HEAD_DIM)
     token = tile * TILE_Q + rows // GROUP  # (TILE_ROWS,) of the request's query tokens
     row_is_real = (rows < TILE_Q * GROUP) & (token < query_len)
     last_position = seq_len - query_len + token  # (TILE_ROWS,)
     head = kv_head * GROUP + rows % GROUP
-    dims = tl.arange(0, HEAD_DIM)
     at = (first + token).to(tl.int64)  # (TILE_ROWS,) row of q and out
     q_tile = tl.load(q + (at * q_stride_token + head * q_stride_head)[:, None] + dims[None, :],
                      mask=row_is_real[:, None], other=0.0)  # (TILE_ROWS, HEAD_DIM)
-    # The tile's last query token sees this far; what comes after is masked for every row.
-    context = tl.minimum(seq_len, seq_len - query_len + (tile + 1) * TILE_Q)
-    mean, _ = _attend(q_tile, last_position, 0, context, block_tables + request.to(tl.int64) * table_stride, kv_head,
-                      k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
-                      BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, WIDEN)
+    # The tile's first query token sees a little less than its last, which sees up to `end`.
+    seen_by_all = (seq_len - query_len + tile * TILE_Q + 1) // TILE_KV * TILE_KV
+    end = tl.minimum(seq_len, seq_len - query_len + (tile + 1) * TILE_Q)
+    mean, _ = _attend(q_tile, last_position, 0, seen_by_all, end, block_tables + request.to(tl.int64) * table_stride,
+                      kv_head, k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
+                      True, BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, WIDEN)
     num_heads = tl.num_programs(1) * GROUP
     tl.store(out + ((at * num_heads + head) * HEAD_DIM)[:, None] + dims[None, :], mean.to(out.dtype.element_ty),
              mask=row_is_real[:, None])
@@ -286,9 +291,8 @@ def _prompt_kernel(
 
 @jit("block_tables", "seq_lens", "table_stride", "tokens_per_split", "num_splits")
 def _decode_kernel(
-    q, k_cache, v_cache, block_tables, seq_lens, scale_log2, q_stride_token, q_stride_head,
-    k_stride_block, v_stride_block, table_stride,
-    out, log_sums, tokens_per_split, num_splits,
+    q, k_cache, v_cache, block_tables, seq_lens, scale_log2, q_stride_token, q_stride_head, k_stride_block,
+    v_stride_block, table_stride, out, log_sums, tokens_per_split, num_splits,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
     TILE_ROWS: tl.constexpr, SPLIT: tl.constexpr,
 ):
@@ -304,16 +308,14 @@ def _decode_kernel(
         return  # the grid is sized for the longest context
     end = tl.minimum(begin + tokens_per_split, seq_len)
 
-    rows = tl.arange(0, TILE_ROWS)  # a tensor core's product has at least 16, of which GROUP are real
-    row_is_real = rows < GROUP
+    rows, dims = tl.arange(0, TILE_ROWS), tl.arange(0, HEAD_DIM)
+    row_is_real = rows < GROUP  # a tensor core's product has at least 16
     head = kv_head * GROUP + rows
-    dims = tl.arange(0, HEAD_DIM)
     q_tile = tl.load(q + (request.to(tl.int64) * q_stride_token + head * q_stride_head)[:, None] + dims[None, :],
                      mask=row_is_real[:, None], other=0.0)  # (TILE_ROWS, HEAD_DIM)
-    mean, log_sum = _attend(q_tile, tl.full((TILE_ROWS,), end - 1, tl.int32), begin, end,
-                            block_tables + request.to(tl.int64) * table_stride, kv_head,
+    mean, log_sum = _attend(q_tile, rows, begin, end, end, block_tables + request.to(tl.int64) * table_stride, kv_head,
                             k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
-                            BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, WIDEN)
+                            False, BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, WIDEN)
     num_heads = tl.num_programs(1) * GROUP
     at = (request.to(tl.int64) * num_heads + head) * num_splits + split  # (TILE_ROWS,)
     tl.store(out + (at * HEAD_DIM)[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=row_is_real[:, None])
@@ -332,8 +334,7 @@ def _merge_kernel(parts, log_sums, out, seq_lens, tokens_per_split, num_splits,
     used = tl.cdiv(tl.load(seq_lens + request), tokens_per_split)  # the other parts were not written
     row = request * num_heads + head
     dims = tl.arange(0, HEAD_DIM)
-    maximum = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
+    maximum, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
     weighted = tl.zeros((HEAD_DIM,), tl.float32)
     for start in range(0, used, TILE_SPLITS):  # the online softmax again, over parts instead of tokens
         split = start + tl.arange(0, TILE_SPLITS)

@@ -47,7 +47,8 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
         q: (num_tokens, num_heads, head_dim), last dimension contiguous; float32, float16 or
             bfloat16. The rows of request i are query_start[i] .. query_start[i + 1] - 1.
         k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous;
-            q's dtype. The K and V of this step's tokens are already in them.
+            q's dtype. The K and V of this step's tokens are already in them. A row that sees a position
+            that is not finite is NaN; no other row is.
         batch: whose rows these are, and where their contexts lie, see `RaggedBatch`.
         scale: multiplies the scores; 1 / sqrt(head_dim) in GPT-2.
 
@@ -69,13 +70,27 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
         k = k_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
         v = v_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
         rows = q[first:last].transpose(0, 1)[None].float()  # (1, num_heads, n, head_dim)
-        mask = None
+        mask, faults = None, None
+        if n > 1 and not (k.sum() + v.sum()).isfinite():
+            k, v, faults = _without_faults(k, v)
         if 1 < n < length:  # causal, counted from the context's end; torch's own is_causal counts from its beginning
             mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)  # (n, length)
         result = F.scaled_dot_product_attention(rows, k, v, mask, is_causal=n == length > 1, scale=scale,
                                                 enable_gqa=True)  # (1, num_heads, n, head_dim)
+        if faults is not None:
+            result += faults[:, :, -n:].repeat_interleave(q.shape[1] // num_kv_heads, dim=1)
         out[first:last] = result[0].transpose(0, 1).to(q.dtype)
     return out
+
+
+def _without_faults(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K and V, (1, num_kv_heads, length, head_dim), with zeros at positions that are not finite, and where these are.
+
+    A masked position has the weight 0, but 0 * nan is nan. The third result, (1, num_kv_heads, length, 1), is nan
+    for all positions that see a fault, and else 0.
+    """
+    faults = (k - k + v - v).sum(-1, keepdim=True)
+    return k.masked_fill(faults.isnan(), 0.0), v.masked_fill(faults.isnan(), 0.0), faults.cumsum(2)
 
 
 TORCH = AttentionBackend(write_kv_torch, paged_attention_torch)

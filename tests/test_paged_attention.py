@@ -28,6 +28,7 @@ from tests.test_torch_attention import (
     TOLERANCE,
     Case,
     assert_attends,
+    assert_faults_stay_where_they_are_seen,
     assert_writes_its_slots_alone,
     contiguous_attention,
     make_case,
@@ -69,6 +70,18 @@ def test_the_kernels_take_every_head_size(head_dim: int, query_lens: list[int]) 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_the_kernels_take_every_block_size(block_size: int) -> None:
     assert_kernels_attend(make_case([block_size + 1, 3], [1, 3], 1, 1, block_size=block_size))
+
+
+@pytest.mark.parametrize("lengths, query_lens, where", [
+    ([30], [30], 20), ([40, 33], [1, 20], 25), ([5, 150], [5, 70], 120), ([5, 150], [5, 70], 60),
+], ids=str)
+@pytest.mark.parametrize("place, value", [("k", float("nan")), ("v", float("nan")), ("v", float("inf"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_keep_a_position_that_is_not_finite_from_rows_that_do_not_see_it(
+    lengths: list[int], query_lens: list[int], where: int, place: str, value: float, dtype: torch.dtype
+) -> None:
+    assert_faults_stay_where_they_are_seen(paged_attention_triton, lengths, query_lens, where, value, place, dtype,
+                                           num_heads=2, num_kv_heads=1)
 
 
 class Launches:

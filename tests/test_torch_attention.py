@@ -211,3 +211,38 @@ def test_slots_outside_the_contexts_are_blamed_for_a_nan_only_if_they_were_read(
     for word in words:
         assert word in str(caught.value)
     assert ("such a slot was read" in str(caught.value)) == (attention is read_one_token_too_far)
+
+
+FAULTS = [(lengths, query_lens, where) for lengths, query_lens, where in (
+    ([30], [30], 20), ([30], [30], 0), ([30], [30], 29), ([40, 33], [1, 20], 25), ([40, 33], [1, 20], 3))]
+
+
+def assert_faults_stay_where_they_are_seen(
+    attention: Callable[..., torch.Tensor], lengths: list[int], query_lens: list[int], where: int, value: float,
+    place: str, dtype: torch.dtype = torch.float32, **shape: int
+) -> None:
+    """Position `where` of the last request gets `value` in K or V: rows that see it are not finite, the others as before."""
+    case = make_case(lengths, query_lens, dtype=dtype, **shape)
+    wanted = attention(*case.arguments())
+    block_size = case.k_cache.shape[2]
+    block = int(case.batch.block_tables[-1, where // block_size])
+    (case.k_cache if place == "k" else case.v_cache)[block, 0, where % block_size, 3] = value
+    got = attention(*case.arguments())
+    group = got.shape[1] // case.k_cache.shape[1]
+    seen_from = max(0, len(got) - (lengths[-1] - where))  # the first row that sees it
+    first = len(got) - query_lens[-1]
+    seen = torch.zeros(got.shape[:2], dtype=torch.bool, device=got.device)
+    seen[max(first, seen_from) :, :group] = True
+    finite = got.isfinite().all(dim=-1)  # (num_tokens, num_heads)
+    assert torch.equal(finite, ~seen), f"{place}[{where}] = {value}"
+    torch.testing.assert_close(got[~seen], wanted[~seen], rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("lengths, query_lens, where", FAULTS)
+@pytest.mark.parametrize("place, value", [("k", float("nan")), ("v", float("nan")), ("v", float("inf"))])
+def test_a_position_that_is_not_finite_reaches_no_row_that_does_not_see_it(
+    lengths: list[int], query_lens: list[int], where: int, place: str, value: float
+) -> None:
+    assert_faults_stay_where_they_are_seen(paged_attention_torch, lengths, query_lens, where, value, place)
+    assert_faults_stay_where_they_are_seen(paged_attention_torch, lengths, query_lens, where, value, place,
+                                           num_heads=6, num_kv_heads=2)
