@@ -32,18 +32,18 @@ class Batch:
         slots: (num_tokens,), where each token's K and V are written.
         query_start: (num_requests + 1,), request i's rows are query_start[i], ..., query_start[i + 1] - 1.
         seq_lens: (num_requests,), tokens that its last row attends to.
-        logits_rows: (num_sampled,), the rows from which a token is sampled.
+        logits_rows: (num_sampled + num_cut,), the last row of each request: first those from which a token is sampled.
         block_tables: (num_requests, width), padded with 0, never read there.
         num_decodes: the first `num_decodes` requests have one row each.
         plan: what an attention may compute from these once, for all layers; None until then.
     """
 
-    def __init__(self, flat: torch.Tensor, num_tokens: int, num_requests: int, num_sampled: int,
+    def __init__(self, flat: torch.Tensor, num_tokens: int, num_requests: int, num_logits: int,
                  num_decodes: int) -> None:
         self.flat = flat
         self.num_decodes = num_decodes
         self.plan: object = None
-        parts = [num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_sampled]
+        parts = [num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_logits]
         (self.token_ids, self.positions, self.slots, self.query_start, self.seq_lens, self.logits_rows,
          tables) = flat.split([*parts, len(flat) - sum(parts)])
         self.block_tables = tables.view(num_requests, -1)
@@ -66,7 +66,7 @@ class Batch:
                 slots += [table[p // block_size] * block_size + p % block_size for p in range(start, end)]
             query_start.append(len(token_ids))
             seq_lens.append(end)
-        logits_rows = [query_start[i + 1] - 1 for i, _ in step.sampled]
+        logits_rows = [query_start[i + 1] - 1 for i, _ in step.sampled] + [query_start[i + 1] - 1 for i in step.cut]
         # Through an array, since torch.tensor takes three times as long to read a list.
         values = array("i", token_ids + positions + slots + query_start + seq_lens + logits_rows)
         padding = array("i", [0]) * max(len(request.block_table) for request in step.requests)

@@ -18,6 +18,7 @@ from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.models.tokenizer import Tokenizer
 from nanopaged.outputs import EngineStats
 from nanopaged.paged_attention import INTERPRETED, TRITON, check_kernel_sizes, triton
+from nanopaged.sampling import sampling_bytes
 from nanopaged.scheduler import Scheduler
 from nanopaged.step import Step
 from nanopaged.torch_attention import TORCH, AttentionBackend
@@ -239,12 +240,18 @@ def uses_graphs(config: EngineConfig, device: torch.device, attention: Attention
 
 
 def reserved_bytes(config: EngineConfig, model: GPT2, device: torch.device, attention: AttentionBackend) -> int:
-    """Memory that is not for the pool: what CUDA graphs will hold on to."""
-    if not uses_graphs(config, device, attention):
+    """Memory on a GPU that is not for the pool: what a step needs for a moment, and what CUDA graphs hold on to."""
+    if device.type == "cpu":
         return 0
+    shape, dtype = model.config, model.wte.weight.dtype
+    seats = min(config.max_num_seqs, config.max_num_batched_tokens)
+    rows = 16 * config.max_num_batched_tokens * shape.n_embd * dtype.itemsize  # some 16 of n_embd for each token
+    needs = rows + sampling_bytes(seats, shape.vocab_size, dtype.itemsize, device.type)
+    if not uses_graphs(config, device, attention):
+        return needs
     from nanopaged.fast.cuda_graphs import logits_bytes
 
-    return logits_bytes(model.config, model.wte.weight.dtype, config.max_num_seqs)
+    return needs + logits_bytes(shape, dtype, config.max_num_seqs)
 
 
 LogitsOf = Callable[[Step], torch.Tensor]  # (num_sampled, vocab_size)

@@ -10,6 +10,7 @@ token was recorded, so the step can be repeated, or its requests aborted.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from nanopaged.attention_arguments import AttentionBackend
 from nanopaged.batch import Batch
 from nanopaged.config import (EngineConfig, attach_storm_watch, choose_logits, engine_stats, make_scheduler,
                               prepare_model, reserved_bytes, resolve_attention, resolve_device, resolve_dtype)
+from nanopaged.exclusive import Exclusive, alone
 from nanopaged.gpt2 import GPT2
 from nanopaged.interrupts import uninterrupted
 from nanopaged.kv_cache import KVCache
@@ -28,22 +30,28 @@ from nanopaged.models.tokenizer import TextStream, tokenizer_for
 from nanopaged.outputs import EngineStats, RequestOutput
 from nanopaged.progress import Progress, show_progress
 from nanopaged.request import Request, RequestStatus
-from nanopaged.sampling import sample
+from nanopaged.sampling import NOT_FINITE, sample
 from nanopaged.sampling_params import SamplingParams, continuation_seed, hashed, one_for_each
 from nanopaged.step import Step
 from nanopaged.validation import require_int, require_number
+from nanopaged.waiting import refuse_long_prompt
 
+logger = logging.getLogger(__name__)
 Group = dict[Request, TextStream]  # the n continuations of one request, in order, each with its text
 
 
 def compute_logits(model: GPT2, kv_cache: torch.Tensor, attention: AttentionBackend, block_size: int,
                    step: Step) -> torch.Tensor:
     batch = Batch.from_step(step, block_size, kv_cache.device)
-    return model(batch, kv_cache, attention)  # (num_sampled, vocab_size)
+    return model(batch, kv_cache, attention)  # (num_logits, vocab_size)
 
 
-class LLM:
+class LLM(Exclusive):
     """A GPT-2 that serves many requests from one paged KV cache.
+
+    It belongs to one thread at a time. While one of `add_request`, `step`, `generate` and `abort_request` runs,
+    another call of these, from a second thread or from a callback, raises RuntimeError and changes nothing; `stats`
+    and `has_unfinished_requests` may be read at any time.
 
     Args:
         model: "copycat", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a checkpoint's path (see
@@ -52,6 +60,7 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike | GPT2 = "copycat", **options: object) -> None:
+        super().__init__()
         config = EngineConfig(**options)
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
@@ -70,9 +79,11 @@ class LLM:
         self.scheduler = make_scheduler(config, self.kv_cache.num_blocks)
         self.storm_watch = attach_storm_watch(self.scheduler)
         self._num_added = 0
+        self._has_warned = False  # of logits that are not finite
         self._groups: dict[str, Group] = {}  # unfinished requests
         self._unreported: dict[str, Group] = {}  # requests that gained tokens which no output has reported yet
 
+    @alone
     def add_request(self, prompt: str | list[int], sampling_params: SamplingParams | None = None,
                     priority: float = 0) -> str:
         """Queues a prompt, text or token ids, and returns the request's id; `step` does the work.
@@ -80,6 +91,9 @@ class LLM:
         With order="priority" the lowest `priority` is served first. Raises TypeError or ValueError for an
         invalid argument, and TooManyWaiting if the queue is full; then nothing is changed.
         """
+        return self._add(prompt, sampling_params, priority)
+
+    def _add(self, prompt: str | list[int], sampling_params: SamplingParams | None, priority: float = 0) -> str:
         params = SamplingParams() if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be a SamplingParams, got {type(params).__name__}")
@@ -87,10 +101,13 @@ class LLM:
         if self.tokenizer is None and (isinstance(prompt, str) or params.stop):
             raise ValueError("this model came with no tokenizer: give prompts as token ids and stop_token_ids instead "
                              "of text, or LLM(tokenizer=...)")
+        limit = self.config.max_model_len
         if isinstance(prompt, str):
+            refuse_long_prompt(-(-len(prompt) // self.tokenizer.longest_token), limit, "at least ")  # before the work
             prompt = self.tokenizer.encode(prompt)
         elif not isinstance(prompt, (list, tuple)):
             raise TypeError(f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}")
+        refuse_long_prompt(len(prompt), limit)
         shape = self.model.config
         for name, token_ids in (("a prompt's token id", prompt), ("stop_token_ids", params.stop_token_ids)):
             for token_id in token_ids:
@@ -107,6 +124,7 @@ class LLM:
             self._groups[request_id] = group
         return request_id
 
+    @alone
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns every request that gained tokens, in it or while `generate` ran for others."""
         if self.scheduler.has_unfinished():
@@ -119,21 +137,35 @@ class LLM:
         with uninterrupted():
             step = self.scheduler.schedule()
         self.kv_cache.carry_out(self.scheduler.moves)
-        logits = self.logits_of(step)  # (num_sampled, vocab_size)
-        requests = [request for _, request in step.sampled]
-        token_ids = dict(zip(requests, sample(logits, requests)))
+        logits = self.logits_of(step)  # (num_logits, vocab_size)
+        drawn = sample(logits, [request for _, request in step.sampled])
+        failed = self._failures(step, drawn)
+        token_ids = {request: token_id for (_, request), token_id in zip(step.sampled, drawn) if token_id != NOT_FINITE}
         texts = {request: self._groups[request.group_id][request].extended(token_id)
                  for request, token_id in token_ids.items() if token_id not in request.stop_token_ids}
-        stopped = {request for request in requests if request not in texts or texts[request].stopped}
+        stopped = {request for request in token_ids if request not in texts or texts[request].stopped}
         with uninterrupted():  # from here on the step has happened
-            self.scheduler.update(step, token_ids, stopped)
-            for request in requests:
+            self.scheduler.update(step, token_ids, stopped, failed)
+            for request in (*token_ids, *failed):
                 group = self._unreported[request.group_id] = self._groups[request.group_id]
                 group[request] = texts.get(request, group[request])
-            for group_id in {request.group_id for request in requests if request.status is RequestStatus.FINISHED}:
+            for group_id in {request.group_id for request in step.ended}:
                 if all(member.status is RequestStatus.FINISHED for member in self._groups[group_id]):
                     del self._groups[group_id]
 
+    def _failures(self, step: Step, drawn: list[int]) -> dict[Request, str]:
+        """The requests of a step whose logits are not finite, each with a message for its user."""
+        numbers = [i for i, _ in step.sampled] + step.cut
+        failed = {step.requests[i]: f"the model's output is not finite (tokens: {step.num_tokens[i]}, from position "
+                  f"{step.starts[i]}): a weight is not, or {self.dtype} overflows; compare with GPT2.dense in float32"
+                  for i, token_id in zip(numbers, drawn) if token_id == NOT_FINITE}
+        if failed and not self._has_warned:
+            self._has_warned = True
+            request, reason = next(iter(failed.items()))
+            logger.warning("request %s ends with an error, and others may: %s", request.group_id, reason)
+        return failed
+
+    @alone
     def generate(self, prompts: str | Sequence[str | list[int]],
                  sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:
         """Continues prompts until all have finished; shows progress on a terminal.
@@ -158,7 +190,7 @@ class LLM:
                 while self.scheduler.queue_is_full():
                     advance()
                 with uninterrupted():
-                    request_id = self.add_request(prompt, params)
+                    request_id = self._add(prompt, params)
                     mine[request_id] = self._groups[request_id]
             for request_id in mine:
                 while request_id in self._groups:
@@ -172,6 +204,7 @@ class LLM:
             show_progress("")
         return [RequestOutput.of(request_id, group) for request_id, group in mine.items()]
 
+    @alone
     def abort_request(self, request_id: str) -> RequestOutput:
         """Ends all continuations of a request that have not finished, with the finish_reason "abort"."""
         if not isinstance(request_id, str) or request_id not in self._groups:

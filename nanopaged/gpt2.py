@@ -128,9 +128,10 @@ class GPT2(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
-        """One step of many requests, T rows -> logits (num_sampled, vocab_size), of the rows `batch.logits_rows` alone.
+        """One step of many requests, T rows -> logits of the rows `batch.logits_rows`, (num_logits, vocab_size).
 
-        Writes to kv_cache, (n_layer, 2, num_blocks, num_kv_heads, block_size, head_dim).
+        Writes to kv_cache, (n_layer, 2, num_blocks, num_kv_heads, block_size, head_dim). If any row of a request is
+        not finite, its logits are NaN: then neither its token nor what it wrote is of use to anyone.
         """
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -140,4 +141,10 @@ class GPT2(nn.Module):
         x = self.wte(batch.token_ids) + self.wpe(batch.positions)  # (T, n_embd)
         for block, (k_cache, v_cache) in zip(self.h, kv_cache):  # `attend` sees this layer's cache
             x = block(x, attend)
-        return self.head(self.ln_f(x.index_select(0, batch.logits_rows)))  # the head is the largest matrix
+        last = x.index_select(0, batch.logits_rows)  # (num_logits, n_embd): the head is the largest matrix
+        if batch.num_decodes < len(batch.seq_lens):  # else every row shows in its own logits
+            faults = F.pad((~x.isfinite().all(dim=1)).cumsum(0), (1, 0))  # (T + 1,) in all rows before this one
+            ends = torch.searchsorted(batch.query_start, batch.logits_rows, right=True)  # (num_logits,)
+            spoiled = faults[batch.query_start[ends]] > faults[batch.query_start[ends - 1]]
+            last = last.masked_fill(spoiled[:, None], torch.nan)
+        return self.head(self.ln_f(last))

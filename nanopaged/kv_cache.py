@@ -32,19 +32,16 @@ def block_bytes(shape: GPT2Config, block_size: int, dtype: torch.dtype) -> int:
     return shape.n_layer * 2 * shape.num_kv_heads * block_size * shape.head_dim * dtype.itemsize
 
 
-def free_bytes(shape: GPT2Config, device: torch.device, dtype: torch.dtype, utilization: float,
-               max_num_seqs: int, max_num_batched_tokens: int) -> int:
-    """Memory that the pool may take, once the model is loaded."""
+def free_bytes(device: torch.device, utilization: float) -> int:
+    """Memory that pool and steps may take, once the model is loaded."""
     if device.type == "cpu":
         try:
             return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * utilization / 4)
         except (AttributeError, ValueError, OSError):  # not every system reports it
             return 2**30
+    torch.cuda.empty_cache()  # what torch keeps of tensors that are gone, of another LLM perhaps, counts as free
     free, total = torch.cuda.mem_get_info(device)
-    # A step's own needs: some 16 rows of n_embd a token, and to sample, six float32 copies of the logits.
-    step = (16 * max_num_batched_tokens * shape.n_embd * dtype.itemsize
-            + 24 * min(max_num_seqs, max_num_batched_tokens) * shape.vocab_size)
-    return int(free - (1 - utilization) * total - step)
+    return int(free - (1 - utilization) * total)
 
 
 def blocks_that_fit(shape: GPT2Config, config: EngineConfig, device: torch.device, dtype: torch.dtype,
@@ -53,8 +50,7 @@ def blocks_that_fit(shape: GPT2Config, config: EngineConfig, device: torch.devic
 
     Raises ValueError if there is no room for one.
     """
-    room = free_bytes(shape, device, dtype, config.gpu_memory_utilization, config.max_num_seqs,
-                      config.max_num_batched_tokens) - reserved_bytes
+    room = free_bytes(device, config.gpu_memory_utilization) - reserved_bytes
     useful = config.max_num_seqs * blocks_for(config.max_model_len, config.block_size)
     num_blocks = min(useful, room // block_bytes(shape, config.block_size, dtype))
     if num_blocks < 1:

@@ -44,8 +44,9 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: str | None  # "stop", "length" or "abort"; None while it runs
+    finish_reason: str | None  # "stop", "length", "abort" or "error"; None while it runs
     metrics: RequestMetrics
+    error: str | None = None  # what went wrong, if it ended with "error"
 
 
 @dataclass
@@ -63,7 +64,7 @@ class RequestOutput:
         """From a request's continuations, in order, each with its text."""
         completions = [
             CompletionOutput(i, text.shown(member.finish_reason is not None), member.output_token_ids,
-                             member.finish_reason, RequestMetrics(**vars(member.metrics)))
+                             member.finish_reason, RequestMetrics(**vars(member.metrics)), member.error)
             for i, (member, text) in enumerate(group.items())]
         first = next(iter(group))
         return cls(request_id, first.token_ids[: first.num_prompt_tokens], completions,

@@ -48,6 +48,7 @@ class Request:
         # How far it has come.
         self.token_ids = list(prompt_token_ids)  # prompt and output
         self.finish_reason: str | None = None
+        self.error: str | None = None  # why it could not go on
         self.metrics = RequestMetrics()
 
         # The scheduler's: its place among the others.

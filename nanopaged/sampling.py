@@ -1,72 +1,101 @@
 """Which token comes next?
 
-Each row of a batch is drawn with one uniform number, by inverting its cumulative distribution. The
-number is a pure function of the request's seed and of how many tokens it has: so the token does not
-depend on other requests, and a step that is repeated after a fault draws the same one again.
+An exponential race draws it. Token j arrives after E_j / p_j, where E_j is exponentially distributed and
+p_j is the token's probability; the first to arrive is token j with probability p_j. (The Gumbel-max trick,
+Maddison et al., 2014, is the logarithm of this.) E_j is a pure function of the request's seed, of how many
+tokens it has, and of j. So a token does not depend on other requests, a step that is repeated after a fault
+draws the same one again, and logits that another schedule has rounded differently change a token only
+where two tokens arrive at practically the same time.
+
+top_k and top_p keep the likeliest tokens. The race of the kept tokens is the same race without the
+others, so nothing is sorted: if the winner is not kept, then neither is any token that is no likelier;
+all these leave, and the next to arrive is looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
 from nanopaged.batch import upload
+from nanopaged.random_numbers import exponentials
 from nanopaged.request import Request
 from nanopaged.sampling_params import hashed
 
-
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) for the `index`-th token of a request; the same on every machine."""
-    return (hashed(seed, index) >> 11) * 2.0**-53  # 53 bits: a double's precision, below 1
+NOT_FINITE = -1  # stands for the token of a row whose logits are not finite
+# Probabilities that are drawn from at once: few enough for a processor's cache, or enough to keep a GPU busy.
+AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
+BYTES_AT_ONCE = 32  # for each of them, at most: 25 were measured on a CPU
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """One token for each row of `logits`, (num_rows, vocab_size) of any float dtype.
+    """One token for each row of `logits`, (num_rows, vocab_size) of any float dtype; NOT_FINITE if a row has none.
 
-    Row i is sampled with the parameters and seed of `requests[i]`. The host waits for the device only where it reads
-    the num_rows ids back: what a draw needs goes up in one copy, and a fault in the logits is reported as the id -1.
+    Row i is sampled with the parameters and seed of `requests[i]`. What a draw needs goes up in one copy. The host
+    waits for the device where it reads the ids back, and, if rows have filters, until each race has a winner.
     """
+    vocab_size = logits.shape[1]
     likeliest, token_ids = logits.max(dim=-1)  # (num_rows,)
-    rows = [i for i, request in enumerate(requests) if request.params.temperature > 0]
+
+    def filters(i: int) -> tuple[int, bool]:
+        params = requests[i].params
+        return params.top_k if 0 < params.top_k < vocab_size else vocab_size, params.top_p < 1
+
+    rows = sorted((i for i, request in enumerate(requests) if request.params.temperature > 0), key=filters)
     if rows:
         params = [requests[i].params for i in rows]
-        draws = [uniform(requests[i].seed, requests[i].num_output_tokens) for i in rows]
-        vocab_size = logits.shape[1]
+        bits = [hashed(requests[i].seed, requests[i].num_output_tokens) for i in rows]
         values = upload(torch.tensor([
-            rows,
-            [p.temperature for p in params],
-            [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params],
-            [p.top_p if p.top_p < 1 else torch.inf for p in params],
-            draws,
+            rows, [p.temperature for p in params], [p.top_p for p in params],
+            [(b & 0xFFFFFFFF) - 2**31 for b in bits], [(b >> 32) - 2**31 for b in bits],
         ], dtype=torch.float64), logits.device)  # (5, rows): a double holds every one of them exactly
-        chosen = values[0].long()
-        token_ids = token_ids.index_copy(0, chosen, _draw(logits.index_select(0, chosen), *values[1:]))
-    token_ids = token_ids.masked_fill(~likeliest.isfinite(), -1).tolist()
-    if -1 in token_ids:
-        raise FloatingPointError("the model's logits are not finite: a weight is not, the dtype overflows, or "
-                                 "attention has read slots that were never written; compare with GPT2.dense")
-    return token_ids
+        places = values[0].long()
+        size, start = max(1, AT_ONCE[logits.device.type] // vocab_size), 0
+        for (top_k, has_top_p), group in groupby(rows, key=filters):
+            end = start + len(list(group))
+            for chunk in (slice(i, min(i + size, end)) for i in range(start, end, size)):
+                place, (temperature, top_p) = places[chunk], values[1:3, chunk]
+                # Relative to the likeliest token: so a tiny temperature does not overflow. The clamp prevents 0 / 0.
+                scores = logits.index_select(0, place).float().sub_(likeliest[place].float()[:, None])
+                probs = scores.div_(temperature.float().clamp(min=1e-6)[:, None]).exp_()  # (rows, vocab)
+                speed = probs / exponentials(values[3:, chunk].int(), vocab_size)  # (rows, vocab)
+                filtered = top_k < vocab_size or has_top_p
+                drawn = _first_kept(speed, probs, top_k, top_p, has_top_p) if filtered else speed.argmax(dim=-1)
+                token_ids.index_copy_(0, place, drawn)
+            start = end
+    return token_ids.masked_fill_(~likeliest.isfinite(), NOT_FINITE).tolist()
 
 
-def _draw(logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
-          draws: torch.Tensor) -> torch.Tensor:
-    """Draws from each row's filtered distribution; the other arguments are float64, (rows,)."""
-    # Every row is sorted, whether or not it is filtered: the order in which the probabilities are
-    # added up decides which token a draw lands on, and must not depend on the row's neighbours.
-    scores, ids = logits.float().sort(dim=-1, descending=True, stable=True)  # (rows, vocab)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing; the clamp, from 0 / 0.
-    scores = (scores - scores[:, :1]) / temperature.float().clamp(min=1e-6)[:, None]
-    rank = torch.arange(scores.shape[1], device=scores.device)
-    scores = scores.masked_fill(rank >= top_k[:, None], -torch.inf)
-    # Summed in double: on a GPU the order of a sum may vary, and its rounding must not move a draw.
-    probs = scores.softmax(dim=-1).double()  # (rows, vocab), largest first
-    before = probs.cumsum(dim=-1) - probs  # the mass of all likelier tokens
-    kept = (before < top_p[:, None]) & (probs > 0)
-    kept[:, 0] = True  # however small top_p is
-    cumulative = (probs * kept).cumsum(dim=-1)
-    target = draws[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True)  # (rows, 1)
-    # A draw just below 1 may round up to the total: then the last kept token is meant.
-    place = place.clamp(max=kept.sum(dim=-1, keepdim=True) - 1)
-    return ids.gather(1, place).squeeze(1)
+def sampling_bytes(num_rows: int, vocab_size: int, element_bytes: int, device_type: str) -> int:
+    """Memory that `sample` needs for a moment, with its logits of `element_bytes` each."""
+    at_once = min(num_rows, max(1, AT_ONCE[device_type] // vocab_size))
+    return vocab_size * (num_rows * element_bytes + at_once * BYTES_AT_ONCE)
+
+
+def _first_kept(speed: torch.Tensor, probs: torch.Tensor, top_k: int, top_p: torch.Tensor,
+                has_top_p: bool) -> torch.Tensor:
+    """The first of the kept tokens, (rows,); speed and probs are (rows, vocab), top_p is (rows,). Overwrites speed.
+
+    A token is kept if fewer than `top_k` tokens are likelier, and if these have less than `top_p` of the mass of
+    the `top_k` likeliest ones. Of equally likely tokens the one with the lower id counts as likelier.
+    """
+    ids = torch.arange(probs.shape[1], device=probs.device)
+    if top_k < probs.shape[1]:  # a shortcut: these would all have to lose a race
+        largest = probs.topk(top_k, dim=-1, sorted=False).values  # (rows, top_k)
+        speed.masked_fill_(probs < largest.amin(dim=-1, keepdim=True), 0.0)
+    else:
+        largest = probs
+    # Summed in double: on a GPU the order of a sum may vary, and its rounding must not move the edge.
+    nucleus = top_p * largest.sum(dim=-1, dtype=torch.float64) if has_top_p else torch.inf  # (rows,)
+    while True:
+        winner = speed.argmax(dim=-1, keepdim=True)  # (rows, 1)
+        prob = probs.gather(1, winner)
+        likelier = (probs > prob) | ((probs == prob) & (ids < winner))  # (rows, vocab)
+        before = (probs * likelier).sum(dim=-1, dtype=torch.float64)
+        # Not "before < nucleus": in a row that is not finite nothing is less, and the loop must end.
+        kept = (likelier.sum(dim=-1) < top_k) & ~(before >= nucleus)  # (rows,)
+        if kept.all():
+            return winner.squeeze(1)
+        speed.masked_fill_(~(likelier | kept[:, None]), 0.0)

@@ -21,6 +21,7 @@ import time
 from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Mapping
 from itertools import count
+from types import MappingProxyType
 
 from nanopaged.block_allocator import BlockAllocator, blocks_for
 from nanopaged.invariants import check_scheduler
@@ -28,8 +29,8 @@ from nanopaged.outputs import SchedulerStats
 from nanopaged.request import Request, RequestStatus
 from nanopaged.step import Admission, BlockMove, Listeners, Step
 from nanopaged.validation import require_int
-from nanopaged.waiting import (AdmissionContext, AdmissionPolicy, OrderPolicy, TooManyWaiting, WaitingQueue, fcfs,
-                               place_in, refuse_what_never_fits, watermark)
+from nanopaged.waiting import (AdmissionContext, AdmissionPolicy, OrderPolicy, TooManyWaiting, WaitingQueue, admits,
+                               fcfs, place_in, refuse_what_never_fits, watermark)
 
 
 class Scheduler:
@@ -183,7 +184,7 @@ class Scheduler:
             available=allocator.num_available - sum([allocator.ref_count(block) == 0 for block in prefix]),
             chunk=blocks_for(end, self.block_size) - len(prefix),
             prompt=blocks_for(known, self.block_size) - len(prefix))
-        return context.available >= context.chunk and self.admission(context)
+        return context.available >= context.chunk and admits(self.admission, context)
 
     def _restorable_tokens(self, request: Request, hit: int) -> int:
         """Tokens that a subclass has kept outside the pool, from position `hit` on."""
@@ -206,10 +207,20 @@ class Scheduler:
         self.committed_seats -= request.num_seats
         self.committed_blocks -= request.full_blocks * request.num_seats
 
-    def update(self, step: Step, token_ids: Mapping[Request, int], stopped: Container[Request] = ()) -> None:
-        """Records a computed step, with a token for each request in `step.sampled`; those in `stopped` end with it."""
+    def update(self, step: Step, token_ids: Mapping[Request, int], stopped: Container[Request] = (),
+               failed: Mapping[Request, str] = MappingProxyType({})) -> None:
+        """Records a computed step, with a token for each request in `step.sampled`; those in `stopped` end with it.
+
+        `failed` has requests of the step that could not be computed, and why. They end, with the followers that have
+        not started, and nobody finds what they wrote.
+        """
         allocator, block_size = self.allocator, self.block_size
+        if failed:
+            step.sampled = [(i, request) for i, request in step.sampled if step.requests[i] not in failed]
+            step.leaders = [leader for leader in step.leaders if leader not in failed]
         for request, start, num_tokens in zip(step.requests, step.starts, step.num_tokens):
+            if request in failed:
+                continue
             request.num_computed_tokens = end = start + num_tokens
             if start < request.most_computed_tokens:
                 again = min(end, request.most_computed_tokens) - start
@@ -230,6 +241,11 @@ class Scheduler:
             if request in stopped or len(request.token_ids) == request.max_length:
                 self._finish(request, "stop" if request in stopped else "length")
                 step.ended.append(request)
+        for request, reason in failed.items():
+            for member in (request, *request.followers):
+                member.error = reason
+                self._finish(member, "error")
+                step.ended.append(member)
         if step.ended:
             self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
         step.referenced_blocks = allocator.num_blocks - allocator.num_available

@@ -46,6 +46,7 @@ class Step:
     # (i, request): a token for `request` is drawn from the logits of requests[i]'s last row. It is that
     # request, or one of its followers, whose first token it is.
     sampled: list[tuple[int, Request]] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)  # requests, by number, that the budget lets compute only a part
     leaders: list[Request] = field(default_factory=list)  # their followers start with this step
     computed_tokens: int = 0
     # Since the step that was recorded last; a plan that was not carried out has its part in it.
@@ -66,6 +67,8 @@ class Step:
         planned = zip(count(), self.requests, self.starts, self.num_tokens)
         self.sampled = [(i, request) for i, request, start, num_tokens in planned
                         if start + num_tokens == len(request.token_ids)]
+        if len(self.sampled) < len(self.requests):
+            self.cut = sorted(set(range(len(self.requests))) - {i for i, _ in self.sampled})
         self.leaders = [request for _, request in self.sampled if request.followers]
         if self.leaders:
             self.sampled = [(i, member) for i, request in self.sampled for member in (request, *request.followers)]

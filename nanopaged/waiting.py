@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanopaged.request import Request, RequestStatus
-from nanopaged.validation import require_number
+from nanopaged.validation import require_number, shown
 
 if TYPE_CHECKING:
     from nanopaged.scheduler import Scheduler
@@ -31,9 +31,17 @@ def fcfs(request: Request) -> float:
     return 0
 
 
+class PolicyError(RuntimeError):
+    """A policy raised an exception, which is this one's cause. The request or the step was not carried out."""
+
+
 def place_in(order: OrderPolicy, request: Request) -> float:
-    """A request's place. Raises TypeError or ValueError if the policy returns no finite number."""
-    place = order(request)
+    """A request's place. Raises PolicyError if the policy raises, TypeError or ValueError if it returns no number."""
+    try:
+        place = order(request)
+    except Exception as error:
+        raise PolicyError(f"the order policy raised {error!r}; it is called with a Request, whose fields are "
+                          f"{', '.join(vars(request))}") from error
     # An int needs no check, and all the orders here return one.
     return place if type(place) is int else require_number("the place that `order` gives a request", place, -math.inf)
 
@@ -57,6 +65,18 @@ class AdmissionContext(NamedTuple):
 AdmissionPolicy = Callable[[AdmissionContext], bool]
 
 
+def admits(admission: AdmissionPolicy, context: AdmissionContext) -> bool:
+    """The policy's answer. Raises PolicyError if it raises, TypeError if it returns no bool."""
+    try:
+        answer = admission(context)
+    except Exception as error:
+        raise PolicyError(f"the admission policy raised {error!r}; it is called with an AdmissionContext, whose fields "
+                          f"are {', '.join(context._fields)}") from error
+    if isinstance(answer, bool) or getattr(answer, "dtype", None) == bool:  # numpy's too
+        return bool(answer)
+    raise TypeError(f"the admission policy must return True or False, got {shown(answer)}, for {context}")
+
+
 def watermark(share: float) -> AdmissionPolicy:
     """Admits while the prompt fits and `share` of the pool stays free for running requests to grow into."""
     require_number("watermark", share, 0.0, 1.0)
@@ -69,9 +89,7 @@ def refuse_what_never_fits(request: Request, max_length: int, full_blocks: int, 
     `max_length` tokens and `full_blocks` blocks are what it needs at full length.
     """
     prompt, pool, seats = request.num_prompt_tokens, scheduler.allocator.num_blocks, request.num_seats
-    if prompt >= scheduler.max_model_len:
-        raise ValueError(f"the prompt has {prompt} tokens; with max_model_len={scheduler.max_model_len} at most "
-                         f"{scheduler.max_model_len - 1} leave room for an output")
+    refuse_long_prompt(prompt, scheduler.max_model_len)
     if seats > scheduler.max_num_seqs:
         raise ValueError(f"n={seats} continuations need as many seats, max_num_seqs is {scheduler.max_num_seqs}")
     if full_blocks > pool:
@@ -79,9 +97,15 @@ def refuse_what_never_fits(request: Request, max_length: int, full_blocks: int, 
                          f"output tokens need {full_blocks} blocks of {scheduler.block_size}, and the whole pool has "
                          f"{pool}: lower max_tokens, or raise num_blocks")
     empty = AdmissionContext(pool=pool, available=pool, committed=0, chunk=0, prompt=0, full=full_blocks * seats)
-    if not scheduler.admission(empty):
-        raise ValueError("the request can never fit: the admission policy refuses it even in an empty pool (a function "
-                         f"of your own must return a bool), {empty}")
+    if not admits(scheduler.admission, empty):
+        raise ValueError(f"the request can never fit: the admission policy refuses it even in an empty pool, {empty}")
+
+
+def refuse_long_prompt(num_tokens: int, max_model_len: int, about: str = "") -> None:
+    """Raises ValueError if a prompt of `num_tokens` tokens leaves no room for an output."""
+    if num_tokens >= max_model_len:
+        raise ValueError(f"the prompt has {about}{num_tokens} tokens; with max_model_len={max_model_len} at most "
+                         f"{max_model_len - 1} leave room for an output")
 
 
 class WaitingQueue:

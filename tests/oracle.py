@@ -9,6 +9,7 @@ from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.request import Request
 from nanopaged.sampling import sample
 
+ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a logit, as a share of the largest
 TINY = GPT2Config(vocab_size=61, n_positions=96, n_embd=32, n_layer=2, n_head=2)
 
 
@@ -35,8 +36,12 @@ def continue_densely(model: GPT2, prompt: list[int], params: SamplingParams,
 
 
 def assert_dense_continuation(model: GPT2, prompt: list[int], params: SamplingParams, seed: int, output: list[int],
-                              finished: bool, where: str) -> None:
-    """The same in one pass: each token is what the dense model gives after the right ones before it."""
+                              finished: bool, where: str) -> int:
+    """The same in one pass: each token is what the dense model gives after the right ones before it.
+
+    Returns how many tokens differ and were forgiven, because rounding explains them.
+    """
+    forgiven = 0
     if output:
         logits = model.dense(torch.tensor(prompt + output[:-1]))[len(prompt) - 1 :]
         draws = []
@@ -44,23 +49,28 @@ def assert_dense_continuation(model: GPT2, prompt: list[int], params: SamplingPa
             draws.append(Request("oracle", prompt, params, model.config.eos_token_id, seed))
             draws[i].token_ids += output[:i]
         for i, (token, wanted) in enumerate(zip(output, sample(logits, draws))):
-            right = token == wanted or is_close_call(logits[i], draws[i], token)
-            assert right, f"{token}, not {wanted}, at {i}: {where}"
+            if token != wanted:
+                assert rounding_explains(logits[i], draws[i], token), f"{token}, not {wanted}, at {i}: {where}"
+                forgiven += 1
     assert not set(output[:-1]) & set(params.stop_token_ids), f"went on past a stop token: {where}"
     if finished:
         limit = min(params.max_tokens, model.config.n_positions - len(prompt))
         assert len(output) == limit or output[-1] in params.stop_token_ids, f"ended early: {where}"
+    return forgiven
 
 
-def is_close_call(logits: torch.Tensor, request: Request, token: int) -> bool:
-    """Whether a change of `token`'s logit by no more than rounding makes it the one that is drawn.
+def rounding_explains(logits: torch.Tensor, request: Request, token: int) -> bool:
+    """Whether logits that differ by no more than rounding give `token`.
 
-    Two schedules add up the same products in another order; once in a few thousand runs two logits
-    are equal but for that.
+    Two schedules add up the same products in another order. That may change which of two tokens arrives
+    first, or whether a token at the edge of a filter is kept: so the logits of `token`, of the one that is
+    drawn instead, and of all that are likelier than either are moved up and down.
     """
-    for nudge in (1e-5, -1e-5):
-        nudged = logits.clone()
-        nudged[token] += nudge
-        if sample(nudged[None], [request]) == [token]:
-            return True
+    size = ROUNDING * float(logits.abs().max())
+    (drawn,) = sample(logits[None], [request])
+    ids = torch.arange(len(logits))
+    for moved in (ids == token, ids == drawn, logits > logits[token], logits > logits[drawn]):
+        for nudge in (size, -size):
+            if sample((logits + nudge * moved)[None], [request]) == [token]:
+                return True
     return False

@@ -43,7 +43,7 @@ def test_three_requests_lie_as_the_docstring_shows() -> None:
     assert batch.query_start.tolist() == [0, 1, 4, 6]
     assert batch.seq_lens.tolist() == [10, 3, 6]
     assert batch.block_tables.tolist() == [[0, 3, 7], [5, 0, 0], [6, 2, 0]]
-    assert batch.logits_rows.tolist() == [0, 3], "C has a token that is not computed yet, so none is drawn for it"
+    assert batch.logits_rows.tolist() == [0, 3, 5], "C has a token that is not computed yet, so its row comes last"
     assert batch.num_decodes == 1
     assert batch.plan is None
 
@@ -61,12 +61,12 @@ def test_the_first_requests_have_one_row_each_and_are_counted(num_tokens: list[i
 def test_one_row_gives_a_token_to_its_request_and_to_each_follower() -> None:
     alone, leader, cut_off = request([1], [0]), request([2, 3], [1], followers=2), request([4, 5, 6], [2], followers=3)
     batch = batch_of((alone, 0, 1), (leader, 0, 2), (cut_off, 0, 2))
-    assert batch.logits_rows.tolist() == [0, 2, 2, 2]
+    assert batch.logits_rows.tolist() == [0, 2, 2, 2, 4]
 
 
-def test_a_step_in_which_no_prompt_ends_has_no_logits_rows() -> None:
+def test_a_step_in_which_no_prompt_ends_has_the_logits_of_its_last_row_alone() -> None:
     batch = batch_of((request([1, 2, 3], [0]), 0, 2))
-    assert batch.logits_rows.shape == (0,)
+    assert batch.logits_rows.tolist() == [1]
     assert batch.block_tables.tolist() == [[0]]
 
 
@@ -120,7 +120,7 @@ def test_random_steps_agree_with_a_lookup_token_by_token(seed: int) -> None:
         parts.append((request(token_ids, table, followers=rng.choice([0, 0, 2])), start, end - start))
     step = step_of(*parts)
     batch = Batch.from_step(step, block_size, CPU)
-    rows, drawn = [], []
+    rows, drawn, cut = [], [], []
     for i, (r, start, n) in enumerate(zip(step.requests, step.starts, step.num_tokens)):
         assert batch.query_start[i] == len(rows), f"seed {seed}, request {i}"
         rows += [(r.token_ids[p], p, r.block_table[p // block_size] * block_size + p % block_size)
@@ -130,9 +130,11 @@ def test_random_steps_agree_with_a_lookup_token_by_token(seed: int) -> None:
         assert not batch.block_tables[i, len(r.block_table) :].any(), f"seed {seed}, request {i}"
         if start + n == len(r.token_ids):
             drawn += [len(rows) - 1] * (1 + len(r.followers))
+        else:
+            cut.append(len(rows) - 1)
     assert batch.query_start[-1] == len(rows), f"seed {seed}"
     assert list(zip(batch.token_ids.tolist(), batch.positions.tolist(), batch.slots.tolist())) == rows, f"seed {seed}"
-    assert batch.logits_rows.tolist() == drawn, f"seed {seed}"
+    assert batch.logits_rows.tolist() == drawn + cut, f"seed {seed}"
     assert batch.block_tables.shape[1] == max(len(r.block_table) for r in step.requests), f"seed {seed}"
 
 

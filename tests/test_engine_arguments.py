@@ -50,7 +50,7 @@ PROMPT_WORDS = "a prompt must be a str or a list of token ids"
     ([], ValueError, "the prompt is empty"),
     ((), ValueError, "the prompt is empty"),
     ("x" * 96, ValueError, "the prompt has 96 tokens; with max_model_len=96 at most 95"),
-    ("x" * 10**5, ValueError, "the prompt has 100000 tokens"),
+    ("x" * 10**5, ValueError, "the prompt has at least 7693 tokens; with max_model_len=96 at most 95"),
     ([7] * 96, ValueError, "the prompt has 96 tokens"),
     ([257], ValueError, "token id must be from 0 to 256, got 257"),
     ([1, -1], ValueError, "token id must be from 0 to 256, got -1"),

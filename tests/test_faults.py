@@ -247,7 +247,7 @@ def test_a_fault_or_ctrl_c_while_the_progress_line_is_cleared_leaves_nothing_beh
 
 def test_ctrl_c_in_the_middle_of_a_state_update_is_raised_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((Scheduler, "schedule"), (Scheduler, "update"), (BlockAllocator, "take"),
-                        (BlockAllocator, "publish"), (Scheduler, "_finish"), (LLM, "add_request")):
+                        (BlockAllocator, "publish"), (Scheduler, "_finish"), (LLM, "_add")):
         llm = engine("swap")
         original = getattr(owner, name)
         finished_calls: list[str] = []

@@ -143,19 +143,41 @@ def test_a_grouped_model_is_the_full_one_with_each_key_and_value_head_repeated(n
     torch.testing.assert_close(grouped.dense(tokens), full.dense(tokens), **TOLERANCE)
 
 
-def test_logits_are_computed_only_for_requests_whose_last_token_is_in_the_step() -> None:
+def test_logits_are_computed_for_the_last_row_of_each_request_first_of_those_that_get_a_token() -> None:
     pool = Pool(random_model(TINY, seed=1), 20, random.Random(1))
     first, cut_off, last = (pool.request([(i + 1) * k % TINY.vocab_size for k in range(20)]) for i in range(3))
     logits = pool.sampled([first, cut_off, last], [20, 19, 20])
-    assert logits.shape == (2, TINY.vocab_size)
-    for row, request in zip(logits, (first, last)):
-        torch.testing.assert_close(row, pool.model.dense(torch.tensor(request.token_ids))[-1], **TOLERANCE)
+    for row, request, end in zip(logits, (first, last, cut_off), (20, 20, 19), strict=True):
+        torch.testing.assert_close(row, pool.model.dense(torch.tensor(request.token_ids[:end]))[-1], **TOLERANCE)
     assert pool.sampled([cut_off], [1]).shape == (1, TINY.vocab_size)
 
 
-def test_a_step_in_which_no_prompt_ends_has_no_logits() -> None:
-    pool = Pool(random_model(TINY, seed=2), 4, random.Random(2))
-    assert pool.sampled([pool.request(list(range(10)))], [9]).shape == (0, TINY.vocab_size)
+def test_a_row_that_is_not_finite_spoils_the_logits_of_its_request_and_of_no_other() -> None:
+    pool = Pool(random_model(TINY, seed=2), 20, random.Random(2))
+    lengths, num_tokens = [1, 5, 20, 9], [1, 5, 19, 9]
+    owners = [0] + [1] * 5 + [3] * 19 + [2] * 9  # of the rows, by row of the logits: the third request is cut off
+    for row, owner in enumerate(owners):
+        requests = [pool.request(list(range(length))) for length in lengths]
+
+        def spoil(_: object, __: object, output: torch.Tensor) -> None:
+            output[row] = torch.inf
+
+        with pool.model.h[-1].register_forward_hook(spoil):
+            logits = pool.sampled(requests, num_tokens)
+        assert logits.isfinite().all(dim=1).tolist() == [i != owner for i in range(4)], f"row {row}"
+        pool.free += [block for request in requests for block in request.block_table]
+
+
+def test_the_logits_of_each_of_many_followers_are_spoiled_too() -> None:
+    pool = Pool(random_model(TINY, seed=2), 20, random.Random(2))
+    leader = pool.request([1, 2, 3])
+    leader.followers = [pool.request([1, 2, 3]) for _ in range(4)]
+
+    def spoil(_: object, __: object, output: torch.Tensor) -> None:
+        output[0] = torch.nan
+
+    with pool.model.h[-1].register_forward_hook(spoil):
+        assert pool.sampled([leader], [3]).isfinite().any(dim=1).tolist() == [False] * 5
 
 
 def test_a_step_writes_nothing_but_its_own_slots() -> None:

@@ -155,7 +155,7 @@ def test_a_config_gives_the_cache_its_blocks(
 
 def test_the_pool_may_take_a_quarter_of_the_used_share_of_free_cpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}.get)
-    assert free_bytes(TINY, CPU, torch.float32, 0.5, 8, 512) == 1000 * 4096 // 8
+    assert free_bytes(CPU, 0.5) == 1000 * 4096 // 8
 
 
 def test_a_system_that_does_not_tell_its_free_memory_gives_the_pool_1_gib(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,18 @@ def test_a_system_that_does_not_tell_its_free_memory_gives_the_pool_1_gib(monkey
             raise error(name)
 
         monkeypatch.setattr(os, "sysconf", sysconf)
-        assert free_bytes(TINY, CPU, torch.float32, 0.5, 8, 512) == 2**30
+        assert free_bytes(CPU, 0.5) == 2**30
+
+
+def test_what_torch_keeps_of_tensors_that_are_gone_counts_as_free_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, kept = 3 * 2**30, [4 * 2**30]  # of 10 GiB
+
+    def memory(device: torch.device) -> tuple[int, int]:
+        return free - sum(kept) + 4 * 2**30, 10 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    assert free_bytes(torch.device("cuda"), 0.75) == int(7 * 2**30 - 2.5 * 2**30)
 
 
 @pytest.mark.parametrize("num_blocks, host_blocks, lower", [(2**27, 0, "num_blocks"), (4, 2**27, "swap_blocks")])
@@ -181,11 +192,11 @@ def test_slots_fit_an_int32(num_blocks: int, host_blocks: int, name: str) -> Non
 
 
 @pytest.mark.gpu
-def test_the_pool_on_a_gpu_leaves_room_for_a_step_and_for_the_share_of_others() -> None:
+def test_the_pool_on_a_gpu_leaves_room_for_the_share_of_others() -> None:
     device = torch.device("cuda")
     free, total = torch.cuda.mem_get_info(device)
-    half, most = (free_bytes(TINY, device, torch.float16, share, 8, 512) for share in (0.5, 0.9))
-    assert half < most < free
+    half, most = (free_bytes(device, share) for share in (0.5, 0.9))
+    assert half < most <= free
     assert abs((most - half) - 0.4 * total) < 2**28  # other programs may take or free some meanwhile
 
 

@@ -9,22 +9,28 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 
 import pytest
 import torch
 
 from nanopaged import sampling
 from nanopaged.request import Request
-from nanopaged.sampling import sample, uniform
-from nanopaged.sampling_params import SamplingParams
-
-ALMOST_ONE = 1 - 2.0**-53  # the largest draw; as a float32 it is 1.0
+from nanopaged.random_numbers import exponentials
+from nanopaged.sampling import NOT_FINITE, sample, sampling_bytes
+from nanopaged.sampling_params import SamplingParams, hashed
 
 
 def request(seed: int = 0, num_output_tokens: int = 0, **params: object) -> Request:
     made = Request("any", [0], SamplingParams(**params), seed=seed)
     made.token_ids += [0] * num_output_tokens
     return made
+
+
+def bits_of(seed: int, index: int) -> torch.Tensor:
+    """The random bits of a request's `index`-th token, (2, 1) int32."""
+    bits = hashed(seed, index)
+    return torch.tensor([[(bits & 0xFFFFFFFF) - 2**31], [(bits >> 32) - 2**31]], dtype=torch.int32)
 
 
 def requests(number: int, **params: object) -> list[Request]:
@@ -64,23 +70,6 @@ def assert_distributed(draws: Sequence[int], probs: Sequence[float], seed: int) 
 def random_params(rng: random.Random) -> dict[str, float | int]:
     return {"temperature": rng.choice((0, 0.3, 1, 2.5)), "top_k": rng.choice((-1, 0, 1, 3, 40, 10**30)),
             "top_p": rng.choice((1.0, 0.95, 0.5, 0.01))}
-
-
-def test_draws_are_uniform_numbers_below_one() -> None:
-    draws = [uniform(seed, index) for seed in range(100) for index in range(100)]
-    assert all(0.0 <= draw < 1.0 for draw in draws)
-    assert abs(sum(draws) / len(draws) - 0.5) < 0.01
-    assert_distributed([int(draw * 16) for draw in draws], [1 / 16] * 16, seed=0)
-
-
-def test_draws_differ_by_seed_and_by_index() -> None:
-    seeds = (*range(12), -1, 2**64, -(2**200))
-    assert len({uniform(seed, index) for seed in seeds for index in range(120)}) == len(seeds) * 120
-
-
-def test_draws_are_the_same_on_every_machine_and_in_every_version() -> None:
-    draws = [uniform(0, 0), uniform(0, 1), uniform(42, 7), uniform(-1, 0)]
-    assert draws == [0.3175435798086097, 0.7979726515430128, 0.8663031592518552, 0.8507581699087708]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -181,21 +170,35 @@ def test_a_nucleus_ends_with_the_token_that_reaches_top_p(top_p: float, top_k: i
     assert set(sample(logits, requests(300, top_p=top_p, top_k=top_k))) == allowed
 
 
-@pytest.mark.parametrize("params", [{}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 1e6}], ids=str)
-def test_the_smallest_draw_takes_the_likeliest_token_and_the_largest_the_last_that_is_kept(
-    monkeypatch: pytest.MonkeyPatch, params: dict[str, float | int]
-) -> None:
-    logits = torch.tensor([[-math.inf, 1.0, 3.0, -math.inf, 2.0]])
-    kept = [i for i, prob in enumerate(expected(logits[0].tolist(), **params)) if prob > 0]
-    for draw, extreme in ((0.0, max), (ALMOST_ONE, min)):
-        monkeypatch.setattr(sampling, "uniform", lambda seed, index, draw=draw: draw)
-        assert sample(logits, [request(**params)]) == [extreme(kept, key=lambda i: logits[0, i])]
+@pytest.mark.parametrize("params", [{}, {"top_k": 300}, {"top_p": 0.9}, {"top_k": 400, "top_p": 0.8}], ids=str)
+def test_a_filtered_draw_is_the_first_arrival_among_the_kept_tokens(params: dict[str, float | int]) -> None:
+    logits = 2 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    kept = torch.tensor(expected(logits[0].tolist(), **params)) > 0
+    for seed in range(100):
+        arrivals = torch.exp(-logits) * exponentials(bits_of(seed, 0), 1000)
+        first = int(arrivals.masked_fill(~kept, math.inf).argmin())
+        assert sample(logits, [request(seed, **params)]) == [first], f"seed {seed}"
 
 
-def test_a_draw_on_the_edge_between_two_tokens_takes_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    for quarter in range(4):
-        monkeypatch.setattr(sampling, "uniform", lambda seed, index, draw=quarter / 4: draw)
-        assert sample(torch.zeros(1, 4), [request()]) == [quarter]  # so each has exactly a quarter of [0, 1)
+def test_no_draw_sorts_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("sorted")
+
+    for name in ("sort", "argsort", "msort", "cumsum"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+        monkeypatch.setattr(torch, name, refuse)
+    logits = torch.randn(8, 50257, generator=torch.Generator().manual_seed(0))
+    assert len(sample(logits, [*requests(4, top_p=0.9), *requests(4, top_k=50, top_p=0.9)])) == 8
+
+
+def test_rows_with_any_filters_are_drawn_in_chunks_as_each_would_be_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    logits = 3 * torch.randn(40, 101, generator=torch.Generator().manual_seed(0))
+    batch = [request(rng.getrandbits(64), **random_params(rng)) for _ in range(40)]
+    drawn = sample(logits, batch)
+    for at_once in (1, 101, 303, 1000):
+        monkeypatch.setitem(sampling.AT_ONCE, "cpu", at_once)
+        assert sample(logits, batch) == drawn, f"{at_once} at once"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -223,12 +226,41 @@ def test_half_precision_logits_give_the_same_draws_as_the_same_values_in_float32
     assert sample(logits, batch) == sample(logits.float(), batch)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_logits_that_are_not_finite_are_an_error_that_names_the_causes(temperature: int, value: float) -> None:
-    logits = torch.zeros(3, 5)
-    logits[1, 2] = value
-    with pytest.raises(FloatingPointError, match="logits are not finite: a weight .*, the dtype .*, or attention"):
-        sample(logits, requests(3, temperature=temperature))
-    with pytest.raises(FloatingPointError, match="logits are not finite"):
-        sample(torch.full((1, 5), -math.inf), [request(temperature=temperature)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}],
+                         ids=str)
+def test_a_row_that_is_not_finite_has_no_token_and_the_others_have_theirs(
+    params: dict[str, float | int], value: float
+) -> None:
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    batch = requests(4, **params)
+    drawn = sample(logits, batch)
+    broken = logits.clone()
+    broken[1] = value
+    if value != -math.inf:  # one token that is ruled out is no fault, a row of them is
+        broken[2, 3] = value
+        drawn[2] = NOT_FINITE
+    drawn[1] = NOT_FINITE
+    assert sample(broken, batch) == drawn
+    assert sample(torch.full((2, 5), value), batch[:2]) == [NOT_FINITE] * 2
+
+
+def test_rows_that_belong_to_no_request_are_only_looked_at_for_faults() -> None:
+    logits = torch.zeros(4, 5)
+    logits[2, 3] = math.nan
+    logits[3, 1] = 7.0
+    assert sample(logits, [request(temperature=0)]) == [0, 0, NOT_FINITE, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("params", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 4000, "top_p": 0.9}], ids=str)
+def test_a_draw_needs_no_more_memory_than_is_reserved_for_it(
+    params: dict[str, float | int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sampling.AT_ONCE, "cpu", 2**24)
+    logits = torch.randn(32, 5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        sample(logits, requests(32, **params))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    most = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    assert logits.nbytes < most + logits.nbytes <= sampling_bytes(32, 5000, dtype.itemsize, "cpu")

@@ -24,11 +24,20 @@ from tests.oracle import TINY, assert_dense_continuation, tiny_model  # noqa: E4
 from tests.recount import assert_consistent, assert_nothing_is_held  # noqa: E402
 
 from nanopaged import LLM, SamplingParams, TooManyWaiting  # noqa: E402
+from nanopaged.gpt2 import GPT2  # noqa: E402
 from nanopaged.request import Request  # noqa: E402
 from nanopaged.sampling_params import continuation_seed, hashed  # noqa: E402
 from nanopaged.waiting import AdmissionContext  # noqa: E402
 
+def broken_at(position: int, seed: int) -> GPT2:
+    model = tiny_model(seed=seed)
+    model.wpe.weight[position] = torch.nan
+    return model
+
+
 MODELS = [tiny_model(seed=seed) for seed in range(3)]
+BROKEN = 30  # this position is not finite in some engines: who reaches it must fail, and nobody else
+BROKEN_MODELS = [broken_at(BROKEN, seed) for seed in range(3)]
 
 
 def half_of_what_is_available(context: AdmissionContext) -> bool:
@@ -39,14 +48,14 @@ def any_order(request: Request) -> float:
     return hashed(request.request_id) % 5
 
 
-def random_engine(rng: random.Random, model: int, work: list[tuple[list[int], SamplingParams]]) -> LLM:
+def random_engine(rng: random.Random, model: GPT2, work: list[tuple[list[int], SamplingParams]]) -> LLM:
     """An engine in which each request fits, some of them barely."""
     admission = rng.choice(["watermark", "reserve", "greedy", "greedy", half_of_what_is_available])
     block_size = rng.choice([8, 8, 16])
     barely = max(-(-(len(prompt) + params.max_tokens) // block_size) * (params.n if admission == "reserve" else 1)
                  for prompt, params in work)
     return LLM(
-        MODELS[model], device="cpu", block_size=block_size, num_blocks=barely + rng.choice([0, 1, 2, 12]),
+        model, device="cpu", block_size=block_size, num_blocks=barely + rng.choice([0, 1, 2, 12]),
         max_num_seqs=rng.choice([4, 6, 12]), max_num_batched_tokens=rng.choice([2, 9, 30, 200]),
         enable_prefix_caching=rng.random() < 0.7, admission=admission, watermark=rng.choice([0.0, 0.0, 0.3]),
         order=rng.choice(["fcfs", "priority", "shortest", any_order]), preemption=rng.choice(["recompute", "swap"]),
@@ -72,8 +81,8 @@ def run_scenario(seed: int) -> Counter[str]:
     """Runs one scenario and checks all that must hold, at every step; returns what happened how often."""
     rng = random.Random(seed)
     work = random_work(rng)
-    model = rng.randrange(3)
-    llm = random_engine(rng, model, work)
+    model, is_broken = rng.randrange(3), rng.random() < 0.2
+    llm = random_engine(rng, (BROKEN_MODELS if is_broken else MODELS)[model], work)
     where = f"in the scenario of seed {seed}"
     check_every_plan(llm.scheduler, where)
     pending = list(range(len(work)))
@@ -116,9 +125,18 @@ def run_scenario(seed: int) -> Counter[str]:
         prompt, params = work[i]
         assert [completion.index for completion in results[request_id].outputs] == list(range(params.n)), where
         for completion in results[request_id].outputs:
-            assert_dense_continuation(
+            failed = completion.finish_reason == "error"
+            happened["errors"] += failed
+            happened["forgiven"] += assert_dense_continuation(
                 MODELS[model], prompt, params, continuation_seed(params.seed, completion.index), completion.token_ids,
-                completion.finish_reason != "abort", f"{where}, request {request_id}, continuation {completion.index}")
+                not failed and completion.finish_reason != "abort",
+                f"{where}, request {request_id}, continuation {completion.index}")
+            happened["tokens"] += len(completion.token_ids)
+            if failed:  # in the step that computes the broken position, and never before
+                assert is_broken and completion.error, where
+                assert len(completion.token_ids) == max(0, BROKEN + 1 - len(prompt)), where
+            elif is_broken and completion.finish_reason != "abort":
+                assert len(prompt) + len(completion.token_ids) <= BROKEN + 1, where
     if llm.config.admission == "reserve":
         assert stats.num_preemptions == 0, where
     for name in ("admission", "order"):
@@ -145,10 +163,11 @@ def run_scenarios(first: int, number: int) -> Counter[str]:
 def test_a_requests_tokens_depend_on_nothing_but_itself(first: int) -> None:
     happened = run_scenarios(first, 50)
     for what in ("preemptions", "swapped_in_tokens", "recomputed_tokens", "hits", "faults", "refused",
-                 "abort while running", "abort while waiting", "out of order of arrival",
+                 "errors", "abort while running", "abort while waiting", "out of order of arrival",
                  "watermark", "reserve", "greedy", "half_of_what_is_available",
                  "fcfs", "priority", "shortest", "any_order"):
         assert happened[what] > 0, f"seeds {first} to {first + 49} never had {what}: {happened}"
+    assert happened["forgiven"] <= happened["tokens"] // 1000, happened
 
 
 def main() -> None:

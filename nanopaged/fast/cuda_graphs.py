@@ -8,12 +8,13 @@ it is a recording, of the same kernels at the same addresses with the same shape
     addresses   inputs are copied into the tensor that was recorded, logits come out where they did then
     kernels     every choice between them depends on those shapes alone (see `paged_attention.split_tokens`)
 
-A size is recorded when a step needs it for the first time. Steps with prompts in them have any shape,
+A size is recorded when a step needs it for the first time, and computed eagerly if that fails. Steps with prompts in them have any shape,
 and are long enough to hide their launches: they run eagerly.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable
 
@@ -26,7 +27,9 @@ from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.paged_attention import TRITON, device_of
 from nanopaged.step import Step
 
-Replay = Callable[[], torch.Tensor]
+logger = logging.getLogger(__name__)
+
+Compute = Callable[[], object]
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
@@ -41,8 +44,8 @@ def is_decode(step: Step) -> bool:
 
 
 def logits_bytes(config: GPT2Config, dtype: torch.dtype, max_num_seqs: int) -> int:
-    """Memory that the recordings of all sizes hold on to: their logits."""
-    return sum(batch_sizes(max_num_seqs)) * config.vocab_size * dtype.itemsize
+    """Memory that the recordings of all sizes hold on to: the logits, once inside the graphs and once outside."""
+    return 2 * max_num_seqs * config.vocab_size * dtype.itemsize
 
 
 def padded(batch: Batch, size: int, table_width: int) -> Batch:
@@ -74,32 +77,44 @@ class DecodeGraphs:
     """
 
     def __init__(self, model: GPT2, kv_cache: torch.Tensor, block_size: int, max_model_len: int, max_num_seqs: int,
-                 eager: Callable[[Step], torch.Tensor], capture: Callable[[Replay], Replay] | None = None) -> None:
+                 eager: Callable[[Step], torch.Tensor], capture: Callable[[Compute], Compute] | None = None) -> None:
         self.model, self.kv_cache, self.block_size, self.eager = model, kv_cache, block_size, eager
         self.table_width = blocks_for(max_model_len, block_size)
         self.sizes = batch_sizes(max_num_seqs)
         self.capture = capture or _CudaCapture(kv_cache.device)
-        self.recorded: dict[int, tuple[Batch, Replay]] = {}  # batch size -> its inputs, and what computes their logits
+        # Of all sizes: what a recording writes inside its graph, the next one overwrites.
+        self.logits = kv_cache.new_empty(max_num_seqs, model.config.vocab_size)
+        # Batch size -> its inputs, and what computes their logits; None where a recording failed.
+        self.recorded: dict[int, tuple[Batch, Compute] | None] = {}
 
     @torch.inference_mode()
     def __call__(self, step: Step) -> torch.Tensor:
         """Logits (num_sampled, vocab_size); valid until the next call."""
-        if not is_decode(step):
-            return self.eager(step)
         num_requests = len(step.requests)
         size = self.sizes[bisect_left(self.sizes, num_requests)]
+        if not is_decode(step) or self.recorded.get(size, ()) is None:
+            return self.eager(step)
         batch = padded(Batch.from_step(step, self.block_size, torch.device("cpu")), size, self.table_width)
         with device_of(self.kv_cache):  # a graph is recorded, and replayed, on the current device
             if size in self.recorded:
                 inputs, replay = self.recorded[size]
                 inputs.flat.copy_(batch.flat.pin_memory() if inputs.flat.is_cuda else batch.flat, non_blocking=True)
-                logits = replay()  # (size, vocab_size)
-            else:
-                inputs = Batch(upload(batch.flat, self.kv_cache.device), size, size, size, size)
-                # This step runs eagerly: Triton compiles and cuBLAS starts up, which may not happen in a recording.
-                logits = self.model(inputs, self.kv_cache, TRITON)  # (size, vocab_size)
-                self.recorded[size] = inputs, self.capture(lambda: self.model(inputs, self.kv_cache, TRITON))
+                replay()
+                return self.logits[:num_requests]
+            inputs = Batch(upload(batch.flat, self.kv_cache.device), size, size, size, size)
+            # This step runs eagerly: Triton compiles and cuBLAS starts up, which may not happen in a recording.
+            logits = self.model(inputs, self.kv_cache, TRITON)  # (size, vocab_size)
+            self.recorded[size] = self._record(size, inputs)
         return logits[:num_requests]
+
+    def _record(self, size: int, inputs: Batch) -> tuple[Batch, Compute] | None:
+        try:
+            return inputs, self.capture(lambda: self.logits[:size].copy_(self.model(inputs, self.kv_cache, TRITON)))
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            logger.warning("decode steps of %d requests will be launched from Python, since recording a CUDA graph "
+                           "failed (lower max_num_seqs or gpu_memory_utilization, or set enforce_eager=True): %s", size,
+                           error)
+            return None
 
 
 class _CudaCapture:
@@ -109,13 +124,9 @@ class _CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # torch's own is one for all devices
 
-    def __call__(self, compute: Replay) -> Replay:
+    def __call__(self, compute: Compute) -> Compute:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            logits = compute()
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return logits
-
-        return replay
+        # Other threads of the user's program may use the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            compute()
+        return graph.replay

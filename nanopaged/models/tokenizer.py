@@ -48,18 +48,36 @@ def tokenizer_for(vocab_size: int, given: Tokenizer | None, download: bool) -> T
 
 
 class Tokenizer:
-    """A tiktoken encoding; `TextStream` has what comes out of it token by token."""
+    """A tiktoken encoding; `TextStream` has what comes out of it token by token.
+
+    Attributes:
+        vocab_size: how many ids there are: from 0 up, each with a text.
+        eos_token_id: the id of `<|endoftext|>`; None for an encoding without it.
+        longest_token: the bytes of its longest token, special ones too: a text of more than
+            n * longest_token characters has more than n tokens.
+
+    Raises ValueError for an encoding with gaps in its ids, as cl100k_base has: a model may draw any id.
+    """
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
-        self.vocab_size = encoding.n_vocab
-        self.eos_token_id = encoding.eot_token
+        self.vocab_size: int = encoding.n_vocab
+        self.eos_token_id: int | None = encoding.eot_token if "<|endoftext|>" in encoding.special_tokens_set else None
+        texts = encoding.token_byte_values() + [name.encode() for name in encoding.special_tokens_set]
+        self.longest_token: int = max(map(len, texts))
+        try:
+            encoding.decode_bytes(range(self.vocab_size))  # in one call: several times as fast as one by one
+        except KeyError as error:  # of the first id without a text
+            raise ValueError(f"the encoding {encoding.name!r} has no text for one of its {self.vocab_size} ids "
+                             f"({error.args[0]}): use an encoding whose ids have no gaps, or leave the tokenizer out "
+                             "and give prompts as token ids") from error
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; what looks like a special token is text. ValueError for a lone surrogate."""
         return self._encoding.encode_ordinary(require_text("the text", text))
 
     def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of one id in range(vocab_size); they may begin or end inside a character."""
         return self._encoding.decode_single_token_bytes(token_id)
 
 

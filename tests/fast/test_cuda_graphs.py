@@ -16,6 +16,7 @@ from nanopaged.fast.cuda_graphs import DecodeGraphs, batch_sizes, is_decode, log
 from nanopaged.gpt2 import GPT2Config
 from nanopaged.paged_attention import TRITON
 from nanopaged.request import Request
+from nanopaged.sampling import sampling_bytes
 from nanopaged.sampling_params import continuation_seed
 from nanopaged.step import Step
 from nanopaged.torch_attention import TORCH
@@ -26,18 +27,18 @@ MODEL = tiny_model()
 
 
 class Repeating:
-    """Stands in for a CUDA graph: writes to the memory of the first run, and counts."""
+    """Stands in for a CUDA graph: computes again, and counts."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def __call__(self, compute: cuda_graphs.Replay) -> cuda_graphs.Replay:
+    def __call__(self, compute: cuda_graphs.Compute) -> cuda_graphs.Compute:
         self.recorded += 1
-        logits = compute().clone()
+        compute()
 
-        def replay() -> torch.Tensor:
+        def replay() -> None:
             self.replayed += 1
-            return logits.copy_(compute())
+            compute()
 
         return replay
 
@@ -154,6 +155,42 @@ def test_a_replay_gives_the_logits_of_the_step_without_padding(monkeypatch: pyte
     assert (capture.recorded, list(llm.logits_of.recorded)) == (1, [4])
 
 
+def test_all_sizes_write_their_logits_to_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, capture = engine_with_graphs(monkeypatch)
+    places = set()
+    for start in range(6):
+        llm.add_request([start, 1, 2], SamplingParams(max_tokens=9))
+        llm.step()
+        for _ in range(2):
+            step = llm.scheduler.schedule()
+            if len(step.requests) in llm.logits_of.recorded:
+                places.add(llm.logits_of(step).data_ptr())
+            llm.step()
+    assert capture.recorded > 2 and places == {llm.logits_of.logits.data_ptr()}
+
+
+def test_a_size_that_cannot_be_recorded_is_computed_eagerly_and_tried_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm, repeating = engine_with_graphs(monkeypatch)
+    tried = []
+
+    def capture(compute: cuda_graphs.Compute) -> cuda_graphs.Compute:
+        tried.append(len(llm.scheduler.running))
+        if tried[-1] == 3:
+            raise torch.OutOfMemoryError("no memory for a graph")
+        return repeating(compute)
+
+    llm.logits_of.capture = capture
+    params = [SamplingParams(max_tokens=9, temperature=0), *[SamplingParams(max_tokens=5, temperature=0)] * 2]
+    prompts = [[start, 1, 2] for start in range(3)]
+    for output, prompt, own in zip(llm.generate(prompts, params), prompts, params):
+        assert_dense_continuation(MODEL, prompt, own, 0, output.outputs[0].token_ids, True, str(prompt))
+    assert tried == [3, 1] and list(llm.logits_of.recorded) == [4, 1] and llm.logits_of.recorded[4] is None
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "decode steps of 4 requests" in record.getMessage() and "no memory for a graph" in record.getMessage()
+
+
 def test_steps_with_prompts_in_them_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, capture = engine_with_graphs(monkeypatch, max_num_batched_tokens=4)
     llm.add_request([1, 2, 3, 4, 5], SamplingParams(max_tokens=1))  # 4 tokens, then 1 beside the next prompt
@@ -176,17 +213,21 @@ def test_a_recording_made_in_inference_mode_can_be_replayed_outside_of_it(monkey
     assert (capture.recorded, capture.replayed) == (1, 1)
 
 
-@pytest.mark.parametrize("device, attention, options, some", [
-    ("cuda", TRITON, {}, True), ("cuda", TRITON, {"enforce_eager": True}, False), ("cuda", TORCH, {}, False),
-    ("cpu", TRITON, {}, False),
-], ids=["cuda", "eager", "torch attention", "cpu"])
-def test_memory_is_reserved_for_the_recordings_where_steps_are_recorded(
-    device: str, attention: object, options: dict[str, object], some: bool
+@pytest.mark.parametrize("attention, options, recordings", [
+    (TRITON, {}, 2 * 8 * 61 * 4), (TRITON, {"enforce_eager": True}, 0), (TORCH, {}, 0),
+], ids=["graphs", "eager", "torch attention"])
+def test_memory_is_reserved_for_a_step_and_for_the_recordings_where_steps_are_recorded(
+    attention: object, options: dict[str, object], recordings: int
 ) -> None:
-    config = EngineConfig(max_num_seqs=8, **options)
-    reserved = reserved_bytes(config, MODEL, torch.device(device), attention)
-    assert reserved == (4 * 61 * (1 + 2 + 4 + 8) if some else 0)  # float32 logits of a vocabulary of 61
-    assert logits_bytes(GPT2Config(vocab_size=50257), torch.float16, 1) == 2 * 50257
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=512, **options)
+    reserved = reserved_bytes(config, MODEL, torch.device("cuda"), attention)
+    assert reserved == 16 * 512 * TINY.n_embd * 4 + sampling_bytes(8, 61, 4, "cuda") + recordings
+    assert reserved_bytes(config, MODEL, CPU, attention) == 0
+
+
+def test_what_the_recordings_hold_on_to_grows_with_the_number_of_seats_alone() -> None:
+    gpt2 = GPT2Config(vocab_size=50257)
+    assert logits_bytes(gpt2, torch.float16, 4096) == 4096 * logits_bytes(gpt2, torch.float16, 1) < 2**30
 
 
 @pytest.mark.gpu
@@ -208,17 +249,21 @@ def test_a_gpu_gives_the_same_tokens_with_graphs_and_without(dtype: str) -> None
     prompts = [[rng.randrange(TINY.vocab_size) for _ in range(rng.randint(1, 40))] for _ in range(40)]
     params = [SamplingParams(max_tokens=rng.randint(1, 40), temperature=rng.choice([0.0, 0.7]), seed=i)
               for i in range(40)]
-    texts = []
+    tokens = []
     for enforce_eager in (False, True):
         llm = LLM(MODEL, device="cuda", dtype=dtype, num_blocks=60, max_num_seqs=24, enforce_eager=enforce_eager)
         outputs = llm.generate(prompts, params)
         assert isinstance(llm.logits_of, DecodeGraphs) != enforce_eager and (enforce_eager or llm.logits_of.recorded)
         assert llm.stats().num_preemptions > 0
-        texts.append([output.outputs[0].token_ids for output in outputs])
-    same = sum(with_graphs == without for with_graphs, without in zip(*texts))
-    # For another size the library may choose another matrix product, which rounds differently: in half precision a near
-    # tie may flip.
-    assert same >= (40 if dtype == "float32" else 36), f"{same} of 40 are the same"
+        tokens.append([output.outputs[0].token_ids for output in outputs])
+    # For another size the library may choose another matrix product, which rounds differently. In float32 the oracle
+    # explains each such token; in half precision the logits differ by a thousandth, which changes a few.
+    if dtype == "float32":
+        for results in tokens:
+            for prompt, own, got in zip(prompts, params, results):
+                assert_dense_continuation(MODEL, prompt, own, own.seed, got, True, f"seed {own.seed}")
+    same = sum(with_graphs == without for with_graphs, without in zip(*tokens))
+    assert same >= (38 if dtype == "float32" else 30), f"{same} of 40 are the same"
 
 
 @pytest.mark.gpu
