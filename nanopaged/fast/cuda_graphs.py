@@ -8,8 +8,8 @@ it is a recording, of the same kernels at the same addresses with the same shape
     addresses   inputs are copied into the tensor that was recorded, logits come out where they did then
     kernels     every choice between them depends on those shapes alone (see `paged_attention.split_tokens`)
 
-A size is recorded when a step needs it for the first time, and computed eagerly if that fails. Steps with prompts in them have any shape,
-and are long enough to hide their launches: they run eagerly.
+A size is recorded when a step needs it for the first time, and computed eagerly if that fails. Steps with
+prompts in them have any shape, and are long enough to hide their launches: they always run eagerly.
 """
 
 from __future__ import annotations
