@@ -184,7 +184,8 @@ def test_an_order_that_raises_changes_nothing() -> None:
 
     llm = tiny_llm(MODEL, order=Broken())
     before = llm.stats()
-    with pytest.raises(PolicyError, match=r"order policy raised ZeroDivisionError\(\).*a Request, whose fields are request_id"):
+    words = r"order policy raised ZeroDivisionError\(\).*a Request, whose fields are request_id"
+    with pytest.raises(PolicyError, match=words):
         llm.add_request([1], GREEDY)
     with pytest.raises(PolicyError):
         llm.generate([[1], [2]], GREEDY)

@@ -11,7 +11,10 @@ import http.server
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -55,7 +58,7 @@ def assert_is_the_reference(model: GPT2) -> None:
 def assert_refused(path: str | Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_model(str(path))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not isinstance(caught.value.__cause__, CheckpointError)
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
 
@@ -114,6 +117,70 @@ def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(model.dense(TOKENS), LOGITS, atol=0.1, rtol=0.0)
 
 
+LOAD_AND_TRUNCATE = """
+import os, sys, torch
+from nanopaged.models.checkpoint import load_model
+for path in sys.argv[1:]:
+    model = load_model(path)
+    os.truncate(path, 0)
+    print(model.dense(torch.arange(8)).sum().item())
+"""
+LOAD_AND_MEASURE = """
+import sys
+from nanopaged.models.checkpoint import load_model
+def mebibytes(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
+load_model("copycat")
+for path in sys.argv[1:]:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts again at what is resident now
+    before = mebibytes("VmRSS")
+    model = load_model(path)
+    print(mebibytes("VmHWM") - before)
+    del model
+"""
+
+
+def output_of(script: str, *arguments: str) -> list[str]:
+    command = [sys.executable, "-c", script, *arguments]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # a freed tensor's memory goes back at once
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr or f"exit status {ended.returncode}"
+    return ended.stdout.split()
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_a_file_that_is_overwritten_after_loading_does_not_change_the_weights(tmp_path: Path, file: str) -> None:
+    path = Path(save(tmp_path, file))
+    model = load_model(path)
+    with path.open("r+b") as opened:
+        opened.write(bytes(path.stat().st_size))
+    assert_is_the_reference(model)
+
+
+def test_a_file_that_is_truncated_after_loading_does_not_end_the_process(tmp_path: Path) -> None:
+    assert len(output_of(LOAD_AND_TRUNCATE, *(save(tmp_path, file) for file in FORMATS))) == len(FORMATS)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures the peak as Linux tells it")
+def test_loading_needs_no_more_memory_than_the_model_and_one_tensor(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is optional, and not installed")
+    with torch.device("meta"):
+        model = GPT2(GPT2Config(vocab_size=100, n_positions=8, n_embd=512, n_layer=4, n_head=8))
+    state = {name: torch.zeros(parameter.shape[::-1] if name.endswith(checkpoint.CONV1D) else parameter.shape)
+             for name, parameter in model.named_parameters()}
+    paths = [str(tmp_path / name) for name in ("zip.bin", "old.bin", "half.bin", "model.safetensors")]
+    torch.save(state, paths[0])
+    torch.save(state, paths[1], _use_new_zipfile_serialization=False)
+    torch.save({name: tensor.half() for name, tensor in state.items()}, paths[2])
+    safetensors.save_file(state, paths[3])
+    sizes = [tensor.nbytes / 2**20 for tensor in state.values()]
+    limit = sum(sizes) + max(sizes) + 8  # 8 MiB of what a reader needs, and of noise
+    peaks = dict(zip(paths, map(float, output_of(LOAD_AND_MEASURE, *paths))))
+    assert len(peaks) == 4 and max(peaks.values()) < limit < 1.4 * sum(sizes), f"{peaks}, limit {limit}"
+
+
 def test_the_head_count_and_the_epsilon_are_read_from_config_json(tmp_path: Path) -> None:
     for name, fields in (("heads", {"n_head": 2}), ("epsilon", {"layer_norm_epsilon": 1e-5})):
         model = load_model(save(tmp_path / name, fields=fields))
@@ -166,8 +233,16 @@ def test_a_config_json_without_the_head_count_is_not_enough(tmp_path: Path) -> N
         ("ln_f.bias", lambda t: t[None], "(1, 32)"),
         ("wpe.weight", torch.Tensor.long, "torch.int64"),
         ("h.0.mlp.c_fc.bias", torch.Tensor.bool, "torch.bool"),
+        ("h.0.mlp.c_fc.bias", lambda t: t.to(torch.complex64), "torch.complex64"),
+        ("h.1.ln_1.weight", lambda t: t * float("nan"), "NaN or infinity"),
+        ("h.1.attn.c_attn.weight", lambda t: t.clone().fill_diagonal_(float("nan")), "NaN or infinity"),
+        ("wpe.weight", lambda t: t.where(t < t.max(), float("inf")), "NaN or infinity"),
+        ("ln_f.bias", lambda t: t.where(t > t.min(), -float("inf")), "NaN or infinity"),
+        ("ln_f.bias", lambda t: t.double() + 1e300, "NaN or infinity, in float32"),
+        ("wte.weight", lambda t: t * float("nan"), "NaN or infinity"),
+        ("lm_head.weight", lambda t: t * float("nan"), "NaN or infinity"),
         ("lm_head.weight", lambda t: t + 1e-3, "'wte.weight'"),
-        ("lm_head.weight", lambda t: t[:100], "'wte.weight'"),
+        ("lm_head.weight", lambda t: t[:100], "(101, 32)"),
     ],
 )
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
@@ -180,6 +255,114 @@ def test_an_invalid_tensor_is_named(
     changed = None if change is None else change(STATE[full_name]).contiguous()
     path = save(tmp_path, file, {full_name: changed})
     assert_refused(path, path, repr(name), words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (torch.Tensor.to_sparse, "must be dense"),
+        (torch.Tensor.to_sparse_csr, "must be dense"),
+        (lambda t: torch.nested.nested_tensor(list(t)), "must be dense"),
+        (lambda t: t.to("meta"), "hold data"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "must hold floats"),
+    ],
+    ids=["coo", "csr", "nested", "meta", "quantized"],
+)
+@pytest.mark.parametrize("name", ["wte.weight", "h.0.mlp.c_fc.weight", "h.1.attn.c_proj.weight"])
+@pytest.mark.filterwarnings("ignore")  # torch says of some of these that they are prototypes
+def test_a_tensor_of_another_kind_is_named(
+    tmp_path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    full_name = f"transformer.{name}"
+    path = save(tmp_path, tensors={full_name: change(STATE[full_name]), "lm_head.weight": None})
+    assert_refused(path, path, repr(name), words)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "old.bin"])
+def test_a_small_tensor_that_pretends_to_be_large_is_refused_unread(tmp_path: Path, file: str) -> None:
+    large = torch.zeros(32).expand(10**12, 32)  # its rows are all at one place
+    path = save(tmp_path, file, {"transformer.wte.weight": large, "lm_head.weight": None}, {"vocab_size": None})
+    assert os.path.getsize(path) < 10**6
+    assert_refused(path, path, "claims to hold 128000000", "save it")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "old.bin"])
+def test_layers_that_share_their_tensors_are_refused(tmp_path: Path, file: str) -> None:
+    layers = {name.replace(".h.0.", f".h.{layer}."): tensor for name, tensor in STATE.items() for layer in range(50)}
+    path = save(tmp_path, file, layers, {"n_layer": None})
+    assert_refused(path, path, "claims to hold", "clones")
+
+
+def test_a_compressed_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "load")
+    path = save(tmp_path, tensors={name: torch.zeros_like(tensor) for name, tensor in STATE.items()})
+    with zipfile.ZipFile(path) as stored:
+        records = {entry.filename: stored.read(entry) for entry in stored.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for name, content in records.items():
+            deflated.writestr(name, content)
+    assert_refused(path, path, "claims to hold", "without compression")
+
+
+def test_names_alone_do_not_make_layers(tmp_path: Path) -> None:
+    names = {f"transformer.h.{layer}.x": torch.zeros(()) for layer in range(500)}
+    path = save(tmp_path, tensors=names, fields={"n_layer": None})
+    assert_refused(path, path, "500 layers have 12 tensors each, but it holds 5")
+
+
+def test_a_name_with_and_without_its_prefix_in_one_file_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, tensors={"wte.weight": torch.zeros(101, 32)})
+    assert_refused(path, path, "'wte.weight' appears with and without 'transformer.'")
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "old.bin"])
+def test_a_head_may_be_stored_as_the_token_embedding_itself(tmp_path: Path, file: str) -> None:
+    large = torch.cat((STATE["lm_head.weight"], torch.zeros(10_000, 32)))  # counted twice, it would exceed the file
+    path = save(tmp_path, file, {"transformer.wte.weight": large, "lm_head.weight": large}, {"vocab_size": None})
+    assert os.path.getsize(path) < 2 * large.nbytes
+    torch.testing.assert_close(load_model(path).dense(TOKENS)[:, :101], LOGITS, atol=3e-5, rtol=0.0)
+
+
+PARTS = [(torch, "load"), (json, "loads"), (GPT2, "__init__")]
+
+
+def raise_in(monkeypatch: pytest.MonkeyPatch, part: tuple[object, str], error: BaseException) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*part, fault)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize("part", PARTS, ids=["reading", "config", "building"])
+def test_whatever_reading_raises_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: tuple[object, str], error: Exception
+) -> None:
+    path = save(tmp_path)
+    raise_in(monkeypatch, part, error)
+    assert_refused(path, str(tmp_path / "config.json") if part[0] is json else path, str(error) or "MemoryError")
+
+
+@pytest.mark.parametrize("part", PARTS, ids=["reading", "config", "building"])
+def test_a_keyboard_interrupt_passes_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: tuple[object, str]
+) -> None:
+    path = save(tmp_path)
+    raise_in(monkeypatch, part, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        load_model(path)
+
+
+@pytest.mark.parametrize("installed", ["none", "one that cannot be told how to read"])
+def test_a_missing_or_old_safetensors_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str
+) -> None:
+    path = save(tmp_path, "model.safetensors")
+    if installed == "none":
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+    else:
+        monkeypatch.setattr("safetensors.safe_open", lambda filename, framework: None)
+    assert_refused(path, path, "needs the safetensors package, 0.8 or later (pip install -U safetensors)")
 
 
 def test_a_weight_that_does_not_fit_its_bias_is_told_by_the_bias(tmp_path: Path) -> None:
@@ -213,6 +396,9 @@ def test_a_file_that_holds_no_named_tensors_is_refused(tmp_path: Path, content: 
     [
         ("model_type", "llama", "'llama'"),
         ("activation_function", "relu", "needs 'gelu_new'"),
+        ("activation_function", "gelu", "needs 'gelu_new'"),
+        ("activation_function", "gelu_fast", "needs 'gelu_new'"),
+        ("activation_function", ["gelu_new"], "needs 'gelu_new'"),
         ("scale_attn_weights", False, "False"),
         ("scale_attn_by_inverse_layer_idx", True, "True"),
         ("add_cross_attention", True, "True"),
@@ -232,7 +418,8 @@ def test_a_file_that_holds_no_named_tensors_is_refused(tmp_path: Path, content: 
         ("n_head", None, "n_head must be an int, got None"),
         ("n_kv_head", 3, "n_kv_head must divide n_head"),
         ("layer_norm_epsilon", "tiny", "must be a number"),
-        ("layer_norm_epsilon", -1.0, "at least 0.0"),
+        ("layer_norm_epsilon", -1.0, "from 0.0 to 1.0, got -1.0"),
+        pytest.param("layer_norm_epsilon", 10**400, "from 0.0 to 1.0, got 1000", id="no float"),
         ("layer_norm_epsilon", float("nan"), "layer_norm_epsilon must be finite"),
         ("eos_token_id", "7", "must be an int"),
         ("eos_token_id", True, "must be an int"),
@@ -245,10 +432,15 @@ def test_a_field_of_config_json_that_does_not_fit_this_model_is_named(
     assert_refused(save(tmp_path, fields={field: value}), str(tmp_path / "config.json"), field, words)
 
 
+def test_another_name_of_the_activation_function_is_accepted(tmp_path: Path) -> None:
+    assert_is_the_reference(load_model(save(tmp_path, fields={"activation_function": "gelu_pytorch_tanh"})))
+
+
 @pytest.mark.parametrize(("content", "words"), [
     (b"", "not JSON"), (b"{", "not JSON"), (b"{'n_head': 4}", "not JSON"), (b'{"n_head": 4', "not JSON"),
     (b'{"n_head": "\xff"}', "not JSON"), (b"[4]", "must hold one JSON object, got a list"), (b"4", "got a int"),
-])
+    (b"[" * 200_000, "not JSON"), (b'{"n_head": ' * 200_000, "not JSON"),
+], ids=lambda value: str(value)[:40])
 def test_a_config_json_that_is_no_json_object_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = save(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
@@ -309,9 +501,22 @@ def test_an_unknown_name_says_which_are_known(tmp_path: Path, monkeypatch: pytes
                          "'gpt2-xl', and no such file or folder")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "~no such user/gpt2"])
+def test_a_name_that_cannot_be_looked_up_is_told(name: str) -> None:
+    assert_refused(name, repr(name), "cannot be looked up")
+
+
+class BytesPath:
+    """A path-like object may give bytes."""
+
+    def __fspath__(self) -> bytes:
+        return b"copycat"
+
+
 @pytest.mark.parametrize(("model", "words"), [
     (3, "got 3 (int)"), (None, "got None"), (b"copycat", "got b'copycat' (bytes)"), (STATE, "(dict)"),
-], ids=["int", "None", "bytes", "state dict"])
+    (BytesPath(), "(BytesPath)"),
+], ids=["int", "None", "bytes", "state dict", "path of bytes"])
 def test_a_model_of_another_type_is_named(model: object, words: str) -> None:
     with pytest.raises(TypeError, match="model must be a name, a path or a GPT2") as caught:
         load_model(model)
@@ -349,6 +554,56 @@ def cached_files(tmp_path: Path) -> list[Path]:
 
 def test_a_published_model_is_loaded_by_its_name_with_its_own_config(published: Path) -> None:
     assert_is_the_reference(load_model("gpt2"))
+
+
+@pytest.mark.parametrize("name", checkpoint.PUBLISHED)
+def test_a_published_name_may_be_spelled_as_on_the_hub_and_in_any_case(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "PUBLISHED", {name: CONFIG})
+    monkeypatch.setattr(checkpoint, "download", {name: published}.__getitem__)
+    for spelling in (name, name.upper(), f"openai-community/{name}", f"OpenAI-Community/{name.upper()}"):
+        assert_is_the_reference(load_model(spelling))
+
+
+def test_a_published_name_is_no_path(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert_is_the_reference(load_model("gpt2"))
+    assert_refused("./gpt2", "'./gpt2'", "holds none of")
+
+
+@pytest.mark.parametrize("name", ["openai-community/gpt2", "GPT2"])
+def test_a_file_or_folder_of_another_spellings_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "download", None)
+    folder = tmp_path / name
+    folder.parent.mkdir(exist_ok=True)
+    path = save(folder)
+    assert_is_the_reference(load_model(name))
+    weights, config = Path(path).read_bytes(), (folder / "config.json").read_bytes()
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    folder.write_bytes(weights)
+    (folder.parent / "config.json").write_bytes(config)
+    assert_is_the_reference(load_model(name))
+
+
+@pytest.mark.parametrize("name", ["openai-community/gpt3", "someone/gpt2", "openai-community/"])
+def test_another_name_from_the_hub_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(name, f"unknown model {name!r}")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    assert_refused("gpt2", "'gpt2'", str(tmp_path / "cache"))
 
 
 def test_a_download_is_kept_and_not_repeated(tmp_path: Path, published: Path) -> None:

@@ -17,11 +17,17 @@ MERGES = [b"th", b"the", b" t", b" the", "é".encode(), b"\xf0\x9f", b"\x98\x80"
 SEEDS = range(20)
 
 
-def bpe_encoding() -> tiktoken.Encoding:
+def bpe_encoding(special_tokens: tuple[str, ...] = ("<|endoftext|>",)) -> tiktoken.Encoding:
     """A small byte pair encoding whose words may be any run of characters."""
     ranks = {bytes([byte]): 255 - byte for byte in range(256)}  # here a byte is not its own id, as in GPT-2
     ranks |= {merge: 256 + i for i, merge in enumerate(MERGES)}
-    return tiktoken.Encoding("small", pat_str=r"(?s:.)+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 300})
+    return tiktoken.Encoding("small", pat_str=r"(?s:.)+", mergeable_ranks=ranks,
+                             special_tokens={name: len(ranks) + i for i, name in enumerate(special_tokens)})
+
+
+def encoding_of_bytes(special_tokens: dict[str, int], last_byte: int = 255) -> tiktoken.Encoding:
+    ranks = {bytes([byte]): byte for byte in range(255)} | {b"\xff": last_byte}
+    return tiktoken.Encoding("special", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 BYTES = Tokenizer(byte_encoding())
@@ -68,6 +74,44 @@ def test_bytes_are_their_own_ids_and_one_more_ends_the_text() -> None:
     encoding = byte_encoding()
     assert [encoding.decode_single_token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
     assert (Tokenizer(encoding).vocab_size, Tokenizer(encoding).eos_token_id) == (257, 256)
+
+
+@pytest.mark.parametrize(("encoding", "words"), [
+    (encoding_of_bytes({"<|endoftext|>": 300}), r"one of its 301 ids \(.* 256\)"),  # as in cl100k_base
+    (encoding_of_bytes({"<|endoftext|>": 257, "<|other|>": 259}), r"one of its 260 ids \(.* 256\)"),
+    (encoding_of_bytes({"<|endoftext|>": 256}, last_byte=300), r"one of its 301 ids \(.* 255\)"),
+], ids=["one gap", "two gaps", "gap among the bytes"])
+def test_an_encoding_with_gaps_in_its_ids_is_refused_and_names_the_first(
+    encoding: tiktoken.Encoding, words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"'special' has no text for {words}.*leave the tokenizer out"):
+        Tokenizer(encoding)
+
+
+def test_each_id_of_a_vocabulary_has_a_text(any_tokenizer: Tokenizer) -> None:
+    assert all(any_tokenizer.bytes_of(token_id) for token_id in range(any_tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize("special_tokens", [{}, {"<|other|>": 256}])
+def test_an_encoding_may_have_no_end_of_text(special_tokens: dict[str, int]) -> None:
+    tokenizer = Tokenizer(encoding_of_bytes(special_tokens))
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id) == (256 + len(special_tokens), None)
+    assert streams(tokenizer, tokenizer.encode(EDGES))[-1].text == EDGES
+
+
+def test_the_longest_token_is_counted_in_bytes() -> None:
+    assert Tokenizer(encoding_of_bytes({})).longest_token == 1
+    assert Tokenizer(encoding_of_bytes({"<|€|>": 256})).longest_token == 7
+    assert BYTES.longest_token == BPE.longest_token == len(b"<|endoftext|>")
+    assert Tokenizer(bpe_encoding(())).longest_token == len(b" the")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_text_of_more_characters_than_n_longest_tokens_has_more_than_n_tokens(seed: int) -> None:
+    tokenizer = Tokenizer(bpe_encoding(()))
+    text = random_text(random.Random(seed)) + " the" * seed
+    assert len(text) <= len(tokenizer.encode(text)) * tokenizer.longest_token, f"seed {seed}"
+    assert len(tokenizer.encode(" the" * 10)) * tokenizer.longest_token == 40  # no smaller length would do
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -251,12 +295,12 @@ def test_the_vocabulary_size_decides_the_tokenizer(monkeypatch: pytest.MonkeyPat
     for download in (True, False):
         assert tokenizer_for(257, None, download).encode("é") == [0xC3, 0xA9]
         assert tokenizer_for(101, None, download) is None
-    assert tokenizer_for(50257, None, download=True).vocab_size == 301
+    assert tokenizer_for(50257, None, download=True).vocab_size == 268
     assert tokenizer_for(50257, None, download=False) is None
 
 
 def test_a_tokenizer_that_was_given_is_used_if_it_has_the_models_vocabulary() -> None:
     assert tokenizer_for(257, BYTES, download=False) is BYTES
-    assert tokenizer_for(301, BPE, download=True) is BPE
+    assert tokenizer_for(268, BPE, download=True) is BPE
     with pytest.raises(ValueError, match="the tokenizer has 257 ids, the model 61"):
         tokenizer_for(61, BYTES, download=False)
