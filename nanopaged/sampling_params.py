@@ -34,8 +34,9 @@ class SamplingParams:
             part of the text.
         ignore_eos: go on past the model's end-of-text token.
         seed: an int of at most 128 bits; the same request with the same seed gives the same tokens, whatever
-            other requests run. None: a seed is derived from the engine's own. Continuation i of n is what the
-            request would give alone with the seed `continuation_seed(seed, i)`.
+            other requests run, up to the model's rounding: where that moves two tokens past each other,
+            either may be drawn (see README). None: a seed is derived from the engine's own. Continuation i of n
+            is what the request would give alone with the seed `continuation_seed(seed, i)`.
 
     Raises:
         TypeError, ValueError: with the field, what was given and what is allowed.

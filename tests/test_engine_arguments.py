@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
@@ -164,3 +165,15 @@ def test_an_engine_that_cannot_be_built_leaves_others_as_they_are(
     llm: LLM, options: dict[str, object], words: str
 ) -> None:
     assert_refused(lambda: build(**options), (TypeError, ValueError), words)
+
+
+@pytest.mark.parametrize("prompt", ["x" * 10**6, [7] * 10**6], ids=["text", "ids"])
+def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_encoded_or_copied(
+    llm: LLM, prompt: str | list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda text: pytest.fail("it was encoded"))
+    tracemalloc.start()
+    assert_refused(lambda: llm.add_request(prompt, SamplingParams(n=8)), ValueError, "with max_model_len=96 at most 95")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10**6, "one copy of the ids takes 8 MB"

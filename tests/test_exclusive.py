@@ -73,8 +73,8 @@ def test_a_call_while_another_runs_is_refused_and_changes_nothing(name: str, run
     thread = "the second" if in_thread else threading.current_thread().name
     for error in caller.errors:
         assert isinstance(error, RuntimeError)
-        assert re.match(f"{name} was called in thread '{thread}' while {running} runs in thread '.*': an LLM belongs to "
-                        "one thread at a time", str(error))
+        assert re.match(f"{name} was called in thread '{thread}' while {running} runs in thread '.*': an LLM belongs "
+                        "to one thread at a time", str(error))
     assert llm.add_request([4], GREEDY) == "1", "the refused calls took no id"
 
 

@@ -221,7 +221,7 @@ def assert_faults_stay_where_they_are_seen(
     attention: Callable[..., torch.Tensor], lengths: list[int], query_lens: list[int], where: int, value: float,
     place: str, dtype: torch.dtype = torch.float32, **shape: int
 ) -> None:
-    """Position `where` of the last request gets `value` in K or V: rows that see it are not finite, the others as before."""
+    """Position `where` of the last request gets `value` in K or V: only rows that see it are not finite."""
     case = make_case(lengths, query_lens, dtype=dtype, **shape)
     wanted = attention(*case.arguments())
     block_size = case.k_cache.shape[2]

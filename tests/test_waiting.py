@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams
 from nanopaged.scheduler import Scheduler
-from nanopaged.waiting import TooManyWaiting, WaitingQueue, place_in
+from nanopaged.waiting import AdmissionContext, PolicyError, TooManyWaiting, WaitingQueue, admits, place_in
 
 
 class CountedKey(float):
@@ -111,3 +112,32 @@ def test_a_full_queue_refuses_a_request_with_both_numbers() -> None:
     with pytest.raises(TooManyWaiting, match="1 requests wait already, max_waiting is 1"):
         scheduler.add(Request("1", [1], SamplingParams()))
     assert [request.request_id for request in scheduler.waiting] == ["0"]
+
+
+CONTEXT = AdmissionContext(pool=9, available=5, committed=4, chunk=1, prompt=2, full=3)
+
+
+@pytest.mark.parametrize("answer", [True, False, np.True_, np.False_], ids=str)
+def test_an_admission_policy_answers_with_a_bool(answer: object) -> None:
+    assert admits(lambda context: answer, CONTEXT) is bool(answer)
+
+
+@pytest.mark.parametrize("answer", [None, 1, 0, "yes", [True], np.int64(1)], ids=repr)
+def test_an_admission_policy_that_returns_no_bool_is_told_what_it_returned_and_for_what(answer: object) -> None:
+    with pytest.raises(TypeError, match="must return True or False, got .*, for AdmissionContext.pool=9, available=5,"):
+        admits(lambda context: answer, CONTEXT)
+
+
+@pytest.mark.parametrize("policy", [
+    lambda context: context.free > 3, lambda context: 1 // (context.pool - 9), lambda context, more: True,
+], ids=["a field that does not exist", "a division by zero", "another signature"])
+def test_an_admission_policy_that_raises_is_named_with_the_fields_that_it_may_read(policy: object) -> None:
+    with pytest.raises(PolicyError, match="admission policy raised .*fields are pool, available, .*, full") as caught:
+        admits(policy, CONTEXT)
+    assert isinstance(caught.value.__cause__, (AttributeError, ZeroDivisionError, TypeError))
+
+
+def test_an_order_policy_that_raises_is_named_with_the_fields_that_it_may_read() -> None:
+    with pytest.raises(PolicyError, match="order policy raised AttributeError.*fields are request_id, .*priority, .*") as e:
+        place_in(lambda request: request.urgency, Request("any", [1], SamplingParams()))
+    assert isinstance(e.value.__cause__, AttributeError)

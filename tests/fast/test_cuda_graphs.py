@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -189,6 +190,26 @@ def test_a_size_that_cannot_be_recorded_is_computed_eagerly_and_tried_once(
     assert tried == [3, 1] and list(llm.logits_of.recorded) == [4, 1] and llm.logits_of.recorded[4] is None
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "decode steps of 4 requests" in record.getMessage() and "no memory for a graph" in record.getMessage()
+
+
+def test_other_threads_may_use_the_gpu_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for torch's graphs."""
+    given: dict[str, object] = {}
+
+    class Graph:
+        replay = "replay"
+
+    def graph(made: Graph, **options: object) -> AbstractContextManager:
+        given.update(options, graph=made)
+        return nullcontext()
+
+    for name, stand_in in (("graph_pool_handle", lambda: "pool"), ("Stream", lambda device: "stream"),
+                           ("CUDAGraph", Graph), ("graph", graph)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    computed = []
+    assert cuda_graphs._CudaCapture(torch.device("cuda"))(lambda: computed.append(1)) == "replay" and computed == [1]
+    assert given.pop("graph").__class__ is Graph
+    assert given == {"pool": "pool", "stream": "stream", "capture_error_mode": "thread_local"}
 
 
 def test_steps_with_prompts_in_them_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
