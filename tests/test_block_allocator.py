@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from nanopaged.block_allocator import BlockAllocator, OutOfBlocks
+from nanopaged.block_allocator import BlockAllocator, OutOfBlocks, blocks_for
+from nanopaged.invariants import InvariantError
 from nanopaged.outputs import AllocatorStats
 
 
@@ -49,6 +50,11 @@ def states(allocator: BlockAllocator) -> tuple[int, int, int]:
 
 
 # Take and give back.
+
+
+@pytest.mark.parametrize("num_tokens, num_blocks", [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
+def test_a_partly_filled_block_is_a_block_too(num_tokens: int, num_blocks: int) -> None:
+    assert blocks_for(num_tokens, 16) == num_blocks
 
 
 def test_every_block_is_taken_once_and_then_the_pool_is_out_of_blocks() -> None:
@@ -283,6 +289,28 @@ def test_publishing_the_same_block_again_changes_nothing() -> None:
     allocator.check_invariants([[parent, child]])
 
 
+def test_a_block_is_published_from_then_on_until_it_is_evicted() -> None:
+    allocator = BlockAllocator(1, 2)
+    block = allocator.take()
+    allocator.fill(block, 2)
+    assert allocator.is_published(block) is False
+    allocator.publish(block, None, [1, 2])
+    assert allocator.is_published(block) is True
+    allocator.give_back(block)
+    assert allocator.is_published(block) is True, "it is cached"
+    allocator.take()
+    assert allocator.is_published(block) is False
+
+
+def test_a_published_block_is_not_published_with_other_contents() -> None:
+    allocator = BlockAllocator(4, 2)
+    [block] = hold(allocator, [1, 2])
+    with pytest.raises(ValueError, match=f"block {block} is published already, with other contents"):
+        allocator.publish(block, None, [1, 3])
+    assert (found(allocator, [1, 2]), found(allocator, [1, 3])) == ([block], [])
+    allocator.check_invariants([[block]])
+
+
 def test_a_block_is_not_published_before_its_parent() -> None:
     allocator = BlockAllocator(4, 2)
     parent, child = allocator.take(), allocator.take()
@@ -476,6 +504,13 @@ def test_available_blocks_are_the_free_and_the_cached_ones() -> None:
     assert allocator.num_available == 0
     allocator.give_back_all(table)
     assert allocator.num_available == 2
+
+
+def test_a_block_that_no_table_names_breaks_the_invariants() -> None:
+    allocator = BlockAllocator(4, 2)
+    leaked = allocator.take()
+    with pytest.raises(InvariantError, match=f"block {leaked} counts 1 holders, but 0 tables name it"):
+        allocator.check_invariants([])
 
 
 @pytest.mark.parametrize("name, arguments, error", [

@@ -185,6 +185,23 @@ def test_a_cache_for_which_there_is_no_memory_says_what_to_lower(num_blocks: int
         KVCache(large, 8, num_blocks, host_blocks, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("device, host_blocks, pinned", [
+    ("cuda", 4, True), ("cuda", 1, True), ("cuda", 0, False), ("cpu", 4, False),
+])
+def test_blocks_in_cpu_memory_are_pinned_beside_a_gpu_if_there_are_any(
+    device: str, host_blocks: int, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, pin_memory: bool) -> torch.Tensor:
+        made.append((device.type, pin_memory))
+        return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)  # there may be no GPU
+    KVCache(TINY, 8, 6, host_blocks, torch.device(device), torch.float32)
+    assert made == [(device, False), ("cpu", pinned)]
+
+
 @pytest.mark.parametrize("num_blocks, host_blocks, name", [(2**28 + 1, 0, "num_blocks"), (4, 2**28 + 1, "swap_blocks")])
 def test_slots_fit_an_int32(num_blocks: int, host_blocks: int, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be from 0 to 268435456, got 268435457"):

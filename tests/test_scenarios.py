@@ -29,6 +29,7 @@ from nanopaged.request import Request  # noqa: E402
 from nanopaged.sampling_params import continuation_seed, hashed  # noqa: E402
 from nanopaged.waiting import AdmissionContext  # noqa: E402
 
+
 def broken_at(position: int, seed: int) -> GPT2:
     model = tiny_model(seed=seed)
     model.wpe.weight[position] = torch.nan

@@ -16,10 +16,11 @@ import pytest
 
 import nanopaged
 from nanopaged.block_allocator import BlockAllocator
+from nanopaged.invariants import InvariantError
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams
 from nanopaged.scheduler import Scheduler
-from nanopaged.step import Step
+from nanopaged.step import BlockMove, Listener, Step
 from nanopaged.waiting import AdmissionContext, AdmissionPolicy, OrderPolicy, fcfs, watermark
 from tests.recount import assert_consistent, assert_nothing_is_held, assert_writes_are_exclusive
 
@@ -31,14 +32,14 @@ def kv_of(token: int, earlier: list[int | None]) -> int:
     return hash((token, *earlier))
 
 
-def continuation(prompt: list[int], num_tokens: int, stop: Container[int] = ()) -> list[int]:
-    """What a prompt becomes with no cache, no batch and no scheduler."""
+def continuation(prompt: list[int], num_tokens: int, stop: Container[int] = (), member: int = 0) -> list[int]:
+    """What a prompt becomes with no cache, no batch and no scheduler; `member` of its n continuations."""
     kv: list[int | None] = []
     output: list[int] = []
     for token in prompt:
         kv.append(kv_of(token, kv))
     while len(output) < num_tokens and (not output or output[-1] not in stop):
-        output.append(kv[-1] % VOCABULARY)
+        output.append((kv[-1] + member) % VOCABULARY)
         kv.append(kv_of(output[-1], kv))
     return output
 
@@ -63,13 +64,16 @@ class Engine:
                                    clock=count().__next__)
         self.kv: list[int | None] = [None] * (num_blocks * block_size)
         self.requests: list[Request] = []
+        self.reached: Counter[Request] = Counter()  # the most tokens of each that were in the pool at once
 
     def add(self, prompt: list[int], max_tokens: int = 4, priority: float = 0, **params: Any) -> Request:
-        request = Request(str(len(self.requests)), prompt, SamplingParams(max_tokens=max_tokens, **params),
-                          priority=priority)
-        self.scheduler.add(request)
-        self.requests.append(request)
-        return request
+        """The request is the first of its n continuations, which stand behind it in `requests`."""
+        sampling = SamplingParams(max_tokens=max_tokens, **params)
+        members = [Request(str(len(self.requests) + i), prompt, sampling, priority=priority) for i in range(sampling.n)]
+        members[0].followers = members[1:]
+        self.scheduler.add(members[0])
+        self.requests += members
+        return members[0]
 
     @property
     def waiting(self) -> list[Request]:
@@ -99,15 +103,21 @@ class Engine:
         return sum(request.metrics.preemptions for request in self.requests)
 
     def forward(self, step: Step) -> dict[Request, int]:
-        """Computes what the plan says, and draws a token for each request whose last known token was computed."""
+        """Makes the moves, computes the plan, and draws a token for each continuation whose last token was computed."""
         size, token_ids = self.allocator.block_size, {}
+        contents = [self.kv[source * size : (source + 1) * size] for _, source, _ in self.scheduler.moves]
+        for (kind, _, target), values in zip(self.scheduler.moves, contents, strict=True):
+            assert kind == "copy"
+            self.kv[target * size : (target + 1) * size] = values
+        self.scheduler.moves.clear()
         for request, start, num_tokens in zip(step.requests, step.starts, step.num_tokens):
             table, end = request.block_table, start + num_tokens
             slots = [table[i // size] * size + i % size for i in range(end)]
             for i in range(start, end):
                 self.kv[slots[i]] = kv_of(request.token_ids[i], [self.kv[slot] for slot in slots[:i]])
             if end == len(request.token_ids):
-                token_ids[request] = self.kv[slots[-1]] % VOCABULARY
+                for member in (request, *request.followers):
+                    token_ids[member] = (self.kv[slots[-1]] + member.key[-1]) % VOCABULARY
         assert [request for _, request in step.sampled] == list(token_ids)
         return token_ids
 
@@ -118,13 +128,21 @@ class Engine:
         token_ids = self.forward(step)
         if stopped is None:
             stopped = {request for request, token in token_ids.items() if token in request.stop_token_ids}
+        known = {request: request.metrics.recomputed_tokens for request in step.requests}
+        lost = {request: range(start, min(start + num_tokens, self.reached[request]))
+                for request, start, num_tokens in zip(step.requests, step.starts, step.num_tokens)}
         self.scheduler.update(step, token_ids, stopped)
         self.check()
+        assert step.referenced_blocks == self.allocator.stats().referenced_blocks
+        assert step.recomputed_tokens == sum(map(len, lost.values()))
+        assert all(request.metrics.recomputed_tokens == known[request] + len(lost[request]) for request in known)
         return step
 
     def check(self) -> None:
         assert_consistent(self.scheduler)
         self.scheduler.check_invariants()
+        for request in self.scheduler.running:
+            self.reached[request] = max(self.reached[request], request.num_computed_tokens)
 
     def run(self) -> list[list[int]]:
         """Steps until all have finished; what each request became, in the order in which they came."""
@@ -142,7 +160,7 @@ def random_order(rng: random.Random) -> OrderPolicy:
 def random_admission(rng: random.Random) -> AdmissionPolicy:
     """So is any admission that lets a request into an empty pool."""
     return rng.choice([watermark(rng.choice([0.0, 0.0, 0.05, 0.3, 1.0])), lambda context: True,
-                       lambda context: context.committed + context.full <= context.pool,
+                       lambda context: not context.committed or context.committed + context.full <= context.pool,
                        lambda context: context.prompt == 0 or rng.random() < 0.5])
 
 
@@ -339,6 +357,60 @@ def test_a_resumed_request_finds_its_own_blocks_again_if_they_were_not_reused() 
     assert engine.scheduler.stats.computed_tokens - computed_before < 6 + 5
 
 
+@pytest.mark.policy
+@pytest.mark.parametrize("budget", [64, 3], ids=["at once", "in chunks"])
+def test_under_fcfs_a_resumed_request_computes_again_what_it_lost_but_for_what_it_finds(budget: int) -> None:
+    engine = Engine(num_blocks=7, block_size=2, budget=budget)
+    engine.add([1, 2, 3], max_tokens=8)
+    young = engine.add([4, 5, 6, 7, 8, 9], max_tokens=5)
+    while not young.metrics.preemptions:
+        lost = young.num_computed_tokens
+        engine.step()
+    assert young.metrics.recomputed_tokens == engine.scheduler.stats.recomputed_tokens == 0
+    engine.run()
+    found = young.metrics.prefix_hit_tokens
+    assert found > 0 and lost - found > 0
+    assert young.metrics.recomputed_tokens == engine.scheduler.stats.recomputed_tokens == lost - found
+
+
+def test_an_admission_policy_judges_by_the_blocks_of_all_continuations_beside_what_is_shared() -> None:
+    contexts = []
+
+    def admission(context: AdmissionContext) -> bool:
+        contexts.append(context)
+        return True
+
+    engine = Engine(num_blocks=32, budget=10, admission=admission)
+    engine.add(prompt_of(10), max_tokens=7, n=2)  # 16 slots, 4 blocks, at full length
+    engine.step()
+    engine.add([*prompt_of(8), *prompt_of(12, 1)], max_tokens=4, n=3)  # shares 2 blocks; 23 slots, 6 blocks
+    contexts.clear()
+    engine.step()
+    # The first two decode: beside the 2 shared blocks each has one for itself. The budget is left for 8 tokens.
+    assert contexts == [AdmissionContext(pool=32, available=28, committed=2 * 4, chunk=2, prompt=3, full=3 * 6)]
+
+
+def test_what_a_subclass_restores_needs_room_beside_what_is_computed() -> None:
+    class Restoring(Scheduler):
+        def _restorable_tokens(self, request: Request, hit: int) -> int:
+            return 8
+
+    chunks = []
+
+    def admission(context: AdmissionContext) -> bool:
+        chunks.append(context.chunk)
+        return not context.committed
+
+    scheduler = Restoring(BlockAllocator(32, 4), 4, 8, 64, admission)
+    first = Request("0", [1], SamplingParams())
+    scheduler.add(first)
+    scheduler.update(scheduler.schedule(), {first: 2})
+    scheduler.add(Request("1", prompt_of(20), SamplingParams()))
+    chunks.clear()
+    scheduler.schedule()
+    assert chunks == [4], "8 tokens are restored, and 7 computed: the first request takes one of the budget"
+
+
 # What can never run is refused when it comes.
 
 
@@ -498,7 +570,70 @@ def test_without_sharing_everything_is_computed_and_every_block_ends_free() -> N
     assert engine.allocator.stats().free_blocks == 64
 
 
+# Several continuations of one prompt.
+
+
+def test_continuations_start_from_the_blocks_in_which_the_first_has_computed_the_prompt() -> None:
+    engine = Engine()
+    first = engine.add(prompt_of(6), n=3)
+    _, second, third = engine.requests
+    assert first.followers == [second, third]
+    step = engine.step()
+    assert step.requests == [first] and [request for _, request in step.sampled] == [first, second, third]
+    assert engine.scheduler.running == [first, second, third] and first.followers == []
+    assert first.block_table == second.block_table == third.block_table
+    assert [engine.allocator.ref_count(block) for block in first.block_table] == [3, 3]
+    for request in engine.requests:
+        assert (request.status, request.num_computed_tokens) == (RequestStatus.RUNNING, 6)
+        assert request.metrics.waiting_s == first.metrics.waiting_s > 0
+    assert engine.scheduler.stats.computed_tokens == 6
+
+
+@pytest.mark.parametrize("length", [5, 6, 7])
+def test_each_continuation_but_the_last_copies_the_partly_filled_block_before_it_writes(length: int) -> None:
+    engine = Engine()
+    engine.add(prompt_of(length), n=3)
+    engine.step()
+    full, partly = engine.requests[0].block_table
+    step = engine.schedule()
+    tables = [request.block_table for request in engine.requests]
+    assert [table[:1] for table in tables] == [[full]] * 3
+    (one,), (other,), (last,) = (table[1:] for table in tables)
+    assert step.moves == engine.scheduler.moves == [BlockMove("copy", partly, one), BlockMove("copy", partly, other)]
+    assert last == partly and len({one, other, partly}) == 3
+    assert engine.run() == [continuation(prompt_of(length), 4, member=i) for i in range(3)]
+
+
+def test_continuations_of_a_prompt_that_ends_with_a_block_copy_nothing() -> None:
+    engine = Engine()
+    engine.add(prompt_of(8), n=3)
+    moves = []
+    while engine.scheduler.has_unfinished():
+        moves += engine.step().moves
+    assert moves == []
+    assert engine.run() == [continuation(prompt_of(8), 4, member=i) for i in range(3)]
+
+
 # What goes wrong around it: plans that are not carried out, requests that are given up.
+
+
+def test_a_request_that_could_not_be_computed_ends_with_an_error_and_the_others_go_on() -> None:
+    engine = Engine()
+    bad, good = engine.add(prompt_of(9, 1), n=2), engine.add(prompt_of(9, 2), n=2)
+    _, bad_too, _, good_too = engine.requests
+    step = engine.schedule()
+    token_ids = engine.forward(step)
+    assert step.requests == [bad, good] and list(token_ids) == engine.requests
+    engine.scheduler.update(step, {good: token_ids[good], good_too: token_ids[good_too]}, failed={bad: "overflow"})
+    engine.check()
+    for request in (bad, bad_too):
+        assert (request.status, request.finish_reason, request.error) == (RequestStatus.FINISHED, "error", "overflow")
+        assert (request.block_table, request.output_token_ids) == ([], [])
+    assert step.ended == [bad, bad_too] and [request for _, request in step.sampled] == [good, good_too]
+    assert engine.scheduler.running == [good, good_too]
+    assert engine.allocator.find_prefix(prompt_of(9, 1), 9) == [], "nobody finds what it wrote"
+    assert engine.run() == [[], [], *(continuation(prompt_of(9, 2), 4, member=i) for i in range(2))]
+    assert engine.scheduler.stats.num_finished == 4
 
 
 @pytest.mark.parametrize("abandoned", [1, 2, 5])
@@ -595,7 +730,50 @@ def test_aborting_a_finished_request_is_an_error_and_changes_nothing() -> None:
     assert engine.scheduler.stats.num_finished == 1
 
 
+def test_listeners_hear_of_requests_that_come_and_of_all_continuations_that_are_aborted() -> None:
+    events = []
+
+    class Recorder(Listener):
+        def added(self, request: Request) -> None:
+            events.append(("added", request))
+
+        def ended(self, request: Request) -> None:
+            events.append(("ended", request))
+
+    engine = Engine()
+    engine.scheduler.listeners.append(Recorder())
+    first = engine.add([1], n=2)
+    (follower,) = first.followers
+    engine.scheduler.abort(first)
+    assert events == [("added", first), ("ended", first), ("ended", follower)]
+
+
+def test_a_block_that_no_request_holds_breaks_the_invariants() -> None:
+    engine = Engine()
+    engine.add([1])
+    engine.step()
+    leaked = engine.allocator.take()
+    with pytest.raises(InvariantError, match=f"block {leaked} counts 1 holders, but 0 tables name it"):
+        engine.scheduler.check_invariants()
+
+
 # Figures.
+
+
+@pytest.mark.policy
+def test_under_fcfs_a_request_waits_until_it_starts_and_from_each_preemption_until_it_returns() -> None:
+    engine = Engine(num_blocks=4, block_size=2, seats=2)
+    now = 10.0
+    engine.scheduler.clock = lambda: now
+    old, young = engine.add([1, 2], max_tokens=6), engine.add([3, 4], max_tokens=4)
+    preempted, returned = [], []
+    while engine.scheduler.has_unfinished():
+        now += 1.0
+        step = engine.step()
+        preempted += [now] * len(step.preempted)
+        returned += [now for admission in step.admitted if not admission.is_first]
+    assert (preempted, returned) == ([14.0], [17.0])
+    assert (old.metrics.waiting_s, young.metrics.waiting_s) == (1.0, 1.0 + 3.0)
 
 
 @pytest.mark.policy
@@ -659,16 +837,21 @@ def random_mixture(seed: int, abandon: bool) -> Counter[str]:
         stop = [rng.randrange(VOCABULARY)] if rng.random() < 0.3 else []
         work.append((rng.choice(beginnings) + suffix, rng.randint(1, 24), stop))
     longest = max(len(prompt) + max_tokens - 1 for prompt, max_tokens, _ in work)
+    seats = rng.choice([1, 3, 20, 20])
     engine = Engine(num_blocks=-(-longest // size) + rng.choice([0, 0, 1, 2, 5, 20]), block_size=size,
-                    seats=rng.choice([1, 3, 20, 20]), budget=rng.choice([1, 5, 16, 64]),
+                    seats=seats, budget=rng.choice([1, 5, 16, 64]),
                     admission=random_admission(rng), order=random_order(rng), sharing=rng.random() < 0.8)
     scheduler, allocator = engine.scheduler, engine.allocator
     happened: Counter[str] = Counter()
+    expected: dict[Request, list[int]] = {}
 
-    while scheduler.has_unfinished() or len(engine.requests) < len(work):
-        while len(engine.requests) < len(work) and rng.random() < 0.5:
-            prompt, max_tokens, stop = work[len(engine.requests)]
-            engine.add(prompt, max_tokens, rng.randint(0, 2), stop_token_ids=stop)
+    while scheduler.has_unfinished() or work:
+        while work and rng.random() < 0.5:
+            prompt, max_tokens, stop = work.pop()
+            first = engine.add(prompt, max_tokens, rng.randint(0, 2), stop_token_ids=stop,
+                               n=min(seats, rng.choice([1, 1, 1, 2, 3])))
+            for i, member in enumerate([first, *first.followers]):
+                expected[member] = continuation(prompt, max_tokens, stop, i)
         if not scheduler.has_unfinished():
             continue
         while abandon and rng.random() < 0.3:
@@ -680,18 +863,18 @@ def random_mixture(seed: int, abandon: bool) -> Counter[str]:
             scheduler.check_invariants()
             continue
         step = engine.step()
-        happened["chunks"] += len(step.requests) - len(step.sampled)
+        happened["chunks"] += len(step.cut)
+        happened["copies"] += len(step.moves)
         if not abandon:
             waste = allocator.stats().reserved_slots - allocator.stats().filled_slots
             assert waste <= len(scheduler.running) * (size - 1), f"seed {seed}: {waste} slots wasted"
             for request in scheduler.running:
                 assert len(request.block_table) == -(-request.num_computed_tokens // size), f"seed {seed}: {request}"
 
-    for request, (prompt, max_tokens, stop) in zip(engine.requests, work, strict=True):
-        expected = continuation(prompt, max_tokens, stop)
+    for request, output in expected.items():
         if request.finish_reason == "abort":
-            expected = expected[: request.num_output_tokens]
-        assert request.output_token_ids == expected, f"seed {seed}: {request}"
+            output = output[: request.num_output_tokens]
+        assert request.output_token_ids == output, f"seed {seed}: {request}"
     assert_nothing_is_held(engine.scheduler)
     assert allocator.enable_prefix_caching or allocator.stats().cached_blocks == 0
     happened["preemptions"] = scheduler.stats.num_preemptions
@@ -718,7 +901,8 @@ def test_waste_is_at_most_the_end_of_each_requests_last_block(seed: int) -> None
 def test_the_random_mixtures_meet_every_pressure_often() -> None:
     happened = sum((random_mixture(seed, abandon=True) for seed in SEEDS), Counter())
     assert {what for what, times in happened.items() if times >= 50} == {
-        "plans abandoned", "aborted", "chunks", "preemptions", "tokens found", "evictions", "resumed from shared blocks"
+        "plans abandoned", "aborted", "chunks", "copies", "preemptions", "tokens found", "evictions",
+        "resumed from shared blocks",
     }, happened
 
 

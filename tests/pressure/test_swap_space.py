@@ -147,9 +147,61 @@ def test_a_partly_filled_block_that_two_continuations_share_is_swapped_out_for_e
     assert scheduler.stats.recomputed_tokens == 0 and scheduler.stats.swapped_in_tokens > 0
 
 
+def test_a_request_whose_blocks_others_need_moves_nothing_and_finds_them_again() -> None:
+    scheduler = SwappingScheduler(BlockAllocator(2, 4), 4, 64, 64, whatever_fits, by_arrival, swap_blocks=4)
+    leader = request_with(0, [1, 2, 3, 4], 3, n=2)
+    (follower,) = leader.followers
+    scheduler.add(leader)
+    rng = random.Random(0)
+    take_step(scheduler, rng)
+    assert leader.block_table == follower.block_table == [0], "both continuations have this block, and it is full"
+    step = take_step(scheduler, rng)
+    assert (step.requests, step.preempted, step.moves) == ([leader], [follower], [])
+    assert not scheduler.swapped and scheduler.swap_space.num_available == 4
+    while follower.status is RequestStatus.WAITING:
+        step = take_step(scheduler, rng)
+    assert [(admission.hit_tokens, admission.restored_tokens) for admission in step.admitted] == [(4, 0)]
+
+
+def test_a_request_fits_the_cpu_blocks_if_those_of_its_blocks_that_move_do() -> None:
+    scheduler = SwappingScheduler(BlockAllocator(5, 4), 4, 64, 64, whatever_fits, by_arrival, swap_blocks=1)
+    requests = [request_with(number, [*STEM, 60 + number], 12) for number in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    rng = random.Random(0)
+    while not scheduler.stats.num_preemptions:
+        step = take_step(scheduler, rng)
+    assert step.preempted == requests[1:] == list(scheduler.swapped)
+    assert scheduler.swapped[requests[1]] == Swapped({2: 0}, 12), "two of its three blocks are the common prefix"
+
+
+def test_a_request_that_finds_more_in_the_pool_than_was_swapped_out_brings_nothing_back() -> None:
+    scheduler = SwappingScheduler(BlockAllocator(4, 4), 4, 2, 64, whatever_fits, lambda request: request.priority,
+                                  swap_blocks=4)
+    prompt = [*STEM, 1, 1, 1, 1, 2]
+    long, victim = request_with(0, [90], 10), request_with(1, prompt, 3, priority=1)
+    for request in (long, victim):
+        scheduler.add(request)
+    rng = random.Random(0)
+    while not scheduler.swapped:
+        take_step(scheduler, rng)
+    assert scheduler.swapped[victim].num_tokens == 8, "it gave way within its prompt"
+    twin = request_with(2, prompt, 3)
+    scheduler.add(twin)
+    while victim.status is RequestStatus.WAITING:
+        step = take_step(scheduler, rng)
+    assert twin.status is RequestStatus.FINISHED
+    assert [(admission.hit_tokens, admission.restored_tokens) for admission in step.admitted] == [(12, 0)]
+    assert not step.moves and not scheduler.swapped and scheduler.swap_space.num_available == 4
+
+
 def test_the_invariants_count_the_blocks_in_cpu_memory_too() -> None:
     scheduler, (_, second, _), _, _ = three_requests(6)
     scheduler.check_invariants()
+    leaked = scheduler.allocator.take()
+    with pytest.raises(InvariantError, match=f"block {leaked} counts 1 holders, but 0 tables name it"):
+        scheduler.check_invariants()
+    scheduler.allocator.give_back(leaked)
     leaked = scheduler.swap_space.take()
     with pytest.raises(InvariantError, match=f"block {leaked} counts 1 holders, but 0 tables name it"):
         scheduler.check_invariants()
@@ -163,6 +215,11 @@ def test_the_invariants_count_the_blocks_in_cpu_memory_too() -> None:
 def test_an_invalid_number_of_swap_blocks_is_refused(swap_blocks: object, error: type[Exception]) -> None:
     with pytest.raises(error, match="swap_blocks must be"):
         SwappingScheduler(BlockAllocator(8, 4), 8, 64, 64, swap_blocks=swap_blocks)
+
+
+def test_one_cpu_block_is_a_swap_space() -> None:
+    scheduler = SwappingScheduler(BlockAllocator(8, 4), 8, 64, 64, swap_blocks=1)
+    assert (scheduler.swap_space.num_blocks, scheduler.swap_space.block_size) == (1, 4)
 
 
 def pair_with_one_in_cpu_memory(**options: object) -> tuple[LLM, Request]:
