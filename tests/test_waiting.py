@@ -138,6 +138,6 @@ def test_an_admission_policy_that_raises_is_named_with_the_fields_that_it_may_re
 
 
 def test_an_order_policy_that_raises_is_named_with_the_fields_that_it_may_read() -> None:
-    with pytest.raises(PolicyError, match="order policy raised AttributeError.*fields are request_id, .*priority") as got:
+    with pytest.raises(PolicyError, match="order policy raised AttributeError.*fields are request_id, ") as got:
         place_in(lambda request: request.urgency, Request("any", [1], SamplingParams()))
     assert isinstance(got.value.__cause__, AttributeError)
