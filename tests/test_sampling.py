@@ -264,3 +264,14 @@ def test_a_draw_needs_no_more_memory_than_is_reserved_for_it(
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     most = max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     assert logits.nbytes < most + logits.nbytes <= sampling_bytes(32, 5000, dtype.itemsize, "cpu")
+
+
+def test_memory_is_reserved_for_all_logits_and_for_the_rows_that_are_drawn_at_once() -> None:
+    assert sampling_bytes(4, 100, 2, "cuda") == 100 * (4 * 2 + 4 * sampling.BYTES_AT_ONCE)
+    assert sampling_bytes(3, 2**25, 2, "cuda") == 2**25 * (3 * 2 + sampling.BYTES_AT_ONCE), "one row at least"
+    at_once = sampling_bytes(4096, 50257, 2, "cuda") - 2 * 4096 * 50257
+    assert 2**28 < at_once < 2**29, "a GPU is kept busy, and its memory is left to the pool"
+
+
+def test_no_token_id_stands_for_a_row_that_is_not_finite() -> None:
+    assert NOT_FINITE < 0
