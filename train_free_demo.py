@@ -19,8 +19,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from nanopaged import LLM, RequestOutput, SamplingParams
+import nanopaged
+from nanopaged import RequestOutput, SamplingParams
 from nanopaged.block_allocator import blocks_for
+from nanopaged.interrupts import uninterrupted
+from nanopaged.report import until_interrupted
 from nanopaged.validation import require_int
 
 DOCUMENT = """\
@@ -110,10 +113,20 @@ WORKLOADS = {"story": (story_jobs, 32, 200, 24), "storm": (storm_jobs, 64, 96, 1
 class Display:
     """What happens, as it happens: on a terminal a picture of the pool, elsewhere a line for each event."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: nanopaged.LLM) -> None:
         self.llm = llm
         self.picture = sys.stdout.isatty()
-        self.height = 0
+        self.height = 0  # lines of the picture that the next one is drawn over
+        if self.picture:
+            for handler in logging.getLogger().handlers:
+                handler.addFilter(self.make_way)
+
+    def make_way(self, record: logging.LogRecord) -> bool:
+        """Before a message is logged: removes the picture, so that the next one is drawn below the message."""
+        if self.height:
+            print(f"\x1b[{self.height}A\x1b[J", end="", flush=True)
+            self.height = 0
+        return True
 
     def event(self, step: int, text: str) -> None:
         if not self.picture:
@@ -139,7 +152,7 @@ class Display:
         self.height = len(lines)
 
 
-def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[RequestOutput], dict[str, str]]:
+def run(llm: nanopaged.LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[RequestOutput], dict[str, str]]:
     """Feeds jobs to the engine as they arrive. Returns their outputs, in order, and the table's rows."""
     display = Display(llm)
     ids: list[str] = []
@@ -166,6 +179,7 @@ def run(llm: LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[Request
         peak_contiguous = max(peak_contiguous, reserved)
         display.show(step)
         step += 1
+    display.height = 0  # the last picture stays
     seconds = time.perf_counter() - start
     outputs = [finished[request_id] for request_id in ids]
     generated = sum(len(output.outputs[0].token_ids) for output in outputs)
@@ -233,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
         num_blocks = num_blocks * 16 // max(arguments.block_size, 1) if known else None
         if arguments.num_blocks is not None:
             num_blocks = arguments.num_blocks
+        with uninterrupted():  # torch may swallow an interrupt while it is imported
+            from nanopaged import LLM
         llm = LLM(arguments.model, device=arguments.device, attention=arguments.attention,
                   block_size=arguments.block_size, num_blocks=num_blocks,
                   max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=2048,  # the whole story in one step
@@ -263,4 +279,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_interrupted(main))

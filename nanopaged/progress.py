@@ -15,6 +15,14 @@ def show_progress(line: str) -> None:
         sys.stderr.flush()
 
 
+def time_left(share: float, elapsed_s: float) -> str:
+    """Such as "25% done, about 9 s left", if the rest takes as long as what is done did; `share` from 0 to 1."""
+    if share == 0:
+        return "0% done"
+    left_s = elapsed_s * (1 - share) / share
+    return f"{share:.0%} done, about {f'{left_s:.0f} s' if left_s < 100 else f'{left_s / 60:.0f} min'} left"
+
+
 class Progress:
     """How many of `wanted` continuations have finished, and the tokens per second, since it was made."""
 

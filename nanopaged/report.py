@@ -1,7 +1,8 @@
 """How are measurements shown and kept, and how are mistakes reported?
 
 Every command that measures (`python -m nanopaged.bench ...`, `python -m nanopaged.simulate`) prints
-tables for people and can write the same figures as JSON, with what is needed to repeat them.
+tables for people and can write the same figures as JSON, with what is needed to repeat them. Every
+command ends in the same way at Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from functools import partial
 
 from nanopaged.progress import show_progress
 
@@ -66,12 +68,27 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def until_interrupted(command: Callable[[], int]) -> int:
+    """The exit status of `command`; Ctrl-C ends it with one line, and with the 130 that shells give for SIGINT."""
+    try:
+        return command()
+    except KeyboardInterrupt:
+        show_progress("")
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], dict[str, object]],
          arguments: Sequence[str] | None = None) -> int:
     """Runs a measuring command, which prints its tables and returns its figures; gives the exit status.
 
     A ValueError or an unreadable file is for the user to fix: one line and status 2, as for a bad flag.
     """
+    return until_interrupted(partial(_measure, parser, run, arguments))
+
+
+def _measure(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], dict[str, object]],
+             arguments: Sequence[str] | None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the figures here, with versions and arguments")
     args = parser.parse_args(arguments)
     try:
@@ -90,8 +107,6 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], di
         show_progress("")
         sys.stderr.write(f"{parser.prog}: error: {error}\n")
         return 2
-    except KeyboardInterrupt:
-        return 130
     finally:
         show_progress("")
     return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import train_free_demo
+from tests.test_progress import in_terminal
 
 DEMO = Path(train_free_demo.__file__)
 
@@ -100,6 +101,35 @@ def test_the_storm_workload_storms_when_greedy_and_not_when_room_is_reserved(
         assert train_free_demo.main(["--workload", "storm", "--admission", admission, "--device", "cpu"]) == 0
         storms = int(re.search(r"eviction storms +(\d+)\n", capsys.readouterr().out)[1])
         assert len(caplog.records) == storms and (storms > 0) == stormy
+
+
+def screen(written: str) -> list[str]:
+    """The lines that a terminal, as wide as they are, shows in the end."""
+    lines, row = [""], 0
+    for part in re.split(r"(\x1b\[\d*[AJK]|\n)", written.replace("\r", "")):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part.startswith("\x1b") and part.endswith("A"):
+            row -= int(part[2:-1])
+        elif part == "\x1b[J":
+            lines[row:] = [""]
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        else:
+            lines[row] = part + lines[row][len(part):]
+    return lines
+
+
+def test_the_picture_overwrites_no_warning_and_leaves_no_piece_of_itself() -> None:
+    status, written = in_terminal(str(DEMO), "--workload", "storm", "--admission", "greedy", "--requests", "4",
+                                  "--num-blocks", "16", "--max-tokens", "100", "--device", "cpu")
+    assert status == 0, written
+    warnings = re.findall(r"WARNING: eviction storm.*?(?=\r\n)", written)
+    shown = screen(written)
+    assert len(warnings) > 1 and [line for line in shown if line.startswith("WARNING")] == warnings
+    assert f"         eviction storms  {len(warnings)}" in shown
+    assert [line for line in shown if line.startswith("step ")] == re.findall(r"step \d+: .*(?=\r\n)", written)[-1:]
 
 
 def test_help_names_every_option() -> None:

@@ -3,13 +3,51 @@
 from __future__ import annotations
 
 import io
+import os
+import select
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from nanopaged import progress
 from nanopaged.outputs import SchedulerStats
-from nanopaged.progress import Progress, show_progress
+from nanopaged.progress import Progress, show_progress, time_left
+
+ROOT = Path(__file__).parents[1]
+# A shell starts background jobs with SIGINT ignored, and a child inherits that, but not a handler of Python's.
+HEED_SIGINT = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+RUN = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # so that its Ctrl-C is a signal
+
+
+def in_terminal(*command: str, ctrl_c_at: str | None = None) -> tuple[int, str]:
+    """The status of `python COMMAND` in a pseudo-terminal, and all that was written to it.
+
+    Ctrl-C is pressed when `ctrl_c_at` has been written.
+    """
+    pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this system")
+    keyboard, terminal = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", HEED_SIGINT + OWN_TERMINAL + RUN, *command], cwd=ROOT,
+                               stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    written = b""
+    try:
+        while select.select([keyboard], [], [], 120)[0]:
+            try:
+                written += os.read(keyboard, 65536)
+            except OSError:  # the process has closed it
+                break
+            if ctrl_c_at is not None and ctrl_c_at.encode() in written:
+                os.write(keyboard, b"\x03")
+                ctrl_c_at = None
+        assert ctrl_c_at is None, f"{ctrl_c_at!r} was never written: {written.decode()}"
+        return process.wait(60), written.decode()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(keyboard)
 
 
 class Terminal(io.StringIO):
@@ -40,3 +78,10 @@ def test_continuations_and_tokens_are_counted_from_when_it_was_made(monkeypatch:
     now, stats.num_finished, stats.output_tokens = 104.0, 9, 1000
     of_generate.show()
     assert shown == ["0 of 3 continuations, 0 tokens/s", "2 of 3 continuations, 25 tokens/s"]
+
+
+@pytest.mark.parametrize("share, elapsed_s, text", [
+    (0.0, 3.0, "0% done"), (0.25, 3.0, "25% done, about 9 s left"), (0.01, 6.0, "1% done, about 10 min left"),
+    (1.0, 8.0, "100% done, about 0 s left")])
+def test_the_time_left_assumes_that_the_rest_is_as_slow(share: float, elapsed_s: float, text: str) -> None:
+    assert time_left(share, elapsed_s) == text

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.test_progress import HEED_SIGINT, ROOT, RUN, in_terminal
 
 from nanopaged import report
 from nanopaged.report import environment, table
@@ -78,7 +82,49 @@ def test_an_interrupt_ends_with_status_130(capsys: pytest.CaptureFixture[str]) -
         raise KeyboardInterrupt
 
     assert command(interrupted) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+BENCH = ("-m", "nanopaged.bench")
+UNDER_WAY = {  # name: (command, what it writes once it is at work); `bench gpu` is `kernel` and `decode`
+    "demo": (("train_free_demo.py",), "step 0: "), "simulate": (("-m", "nanopaged.simulate"), "% done"),
+    "kernel": ((*BENCH, "kernel"), "0 of 6 shapes"), "codegen": ((*BENCH, "codegen"), "compiling for "),
+    "decode": ((*BENCH, "decode", "--requests=8", "--layers=4"), "8 requests, "),
+    "scheduler": ((*BENCH, "scheduler"), "round 1 of 9"), "cost": ((*BENCH, "cost", "--layers=2"), "round 1 of 3"),
+    "engine": ((*BENCH, "engine", "--layers=2"), "one request at a time: 1 of ")}
+
+
+@pytest.mark.parametrize("name", UNDER_WAY)
+def test_ctrl_c_ends_every_command_with_one_line_and_a_clear_terminal(name: str,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "codegen":
+        pytest.importorskip("triton", reason="there is no Triton on this system")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command, sign = UNDER_WAY[name]
+    status, written = in_terminal(*command, ctrl_c_at=sign)
+    assert status == 130 and written.endswith("\r\x1b[Kinterrupted\r\n") and "Traceback" not in written, written
+
+
+SWALLOWS_CTRL_C = """
+import signal
+try:
+    signal.raise_signal(signal.SIGINT)
+except BaseException:
+    pass
+"""
+
+
+@pytest.mark.parametrize("arguments", [["train_free_demo.py"], ["-m", "nanopaged.bench", "cost"]],
+                         ids=lambda arguments: arguments[-1])
+def test_an_interrupt_that_torch_would_swallow_while_it_is_imported_ends_the_command(arguments: list[str],
+                                                                                     tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(SWALLOWS_CTRL_C)
+    paths = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", HEED_SIGINT + RUN, *arguments], cwd=ROOT, env=paths,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_a_bug_is_not_taken_for_a_mistake_of_the_user() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from nanopaged import report
+from nanopaged.interrupts import uninterrupted
 from nanopaged.validation import has_folder
 
 COMMANDS = {
@@ -33,8 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = parser.parse_known_args(arguments[:1])[0].command
     try:
-        # Only the chosen module is imported: the scheduler's needs no torch.
-        module = importlib.import_module(f"nanopaged.bench.{command}")
+        # Only the chosen module is imported: the scheduler's needs no torch, whose import may swallow an interrupt.
+        with uninterrupted():
+            module = importlib.import_module(f"nanopaged.bench.{command}")
     except ModuleNotFoundError as error:
         if (folder := deleted_folder(error.name or "")) is None:
             raise
@@ -57,4 +59,4 @@ def deleted_folder(module: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.until_interrupted(main))

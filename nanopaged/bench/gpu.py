@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from nanopaged.bench import decode, kernel
+from nanopaged.paged_attention import triton
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, object]:
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device: run `kernel` and `decode` instead, which also work on a CPU")
+    if triton is None:
+        raise ValueError("this measures the Triton kernels, and needs the triton package, which is not installed: run "
+                         "`decode` instead")
     figures = {}
     for name, module in (("kernel", kernel), ("decode", decode)):
         print(f"\n{module.__doc__}")

@@ -39,70 +39,28 @@ if __name__ == "__main__" and not has_folder("pressure"):  # before it is import
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.pressure.admission import by_name as admission_by_name
 from nanopaged.pressure.order import by_name as order_by_name
-from nanopaged.progress import show_progress
-from nanopaged.report import main, table
-from nanopaged.simulate import traces
+from nanopaged.progress import show_progress, time_left
+from nanopaged.report import main
+from nanopaged.simulate import tables, traces
 from nanopaged.simulate.contiguous import ALLOCATORS, RESERVATIONS, ContiguousScheduler
-from nanopaged.simulate.simulator import (Clock, PagedServer, Result, Server, StepCost, SwappingServer, Trace,
+from nanopaged.simulate.simulator import (SHORTEST_STEP_S, Clock, PagedServer, Server, StepCost, SwappingServer, Trace,
                                           as_request, simulate, summarize)
 from nanopaged.simulate.traces import TraceRequest
-from nanopaged.validation import require_choice, require_int, require_number, shown
-from nanopaged.waiting import AdmissionPolicy, OrderPolicy
+from nanopaged.validation import require_choice, require_number, shown
+from nanopaged.waiting import AdmissionPolicy, OrderPolicy, PolicyError
 
-# Arrivals a second: about three times what can be served in steps of the default StepCost.
+# Arrivals a second: two to three times what can be served in steps of the default StepCost.
 RATES = {"sharegpt": 0.8, "alpaca": 15.0}
+DEFAULT_REQUESTS = 2000  # without --sweep
 ADMISSIONS = ("watermark", "reserve", "greedy")
 ORDERS = ("fcfs", "priority", "shortest")
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 POOL_SHARES = (0.15, 0.2, 0.25, 0.35, 0.5, 0.7, 1.0)
-
-COLUMNS: dict[str, Callable[[Result], object]] = {
-    "tokens": lambda result: f"{result.memory['tokens']:.1%}",
-    "reserved": lambda result: f"{result.memory['reserved']:.1%}",
-    "internal": lambda result: f"{result.memory['internal']:.1%}",
-    "external": lambda result: f"{result.memory['external']:.1%}",
-    "free": lambda result: f"{result.memory['free']:.1%}",
-    "batch": lambda result: result.average_batch,
-    "tokens/s": lambda result: result.tokens_per_s,
-    "TTFT p50 s": lambda result: result.ttft_p50_s,
-    "TTFT p99 s": lambda result: result.ttft_p99_s,
-    "TBT p50 s": lambda result: result.tbt_p50_s,
-    "TBT p99 s": lambda result: result.tbt_p99_s,
-    "preemptions": lambda result: result.counts.num_preemptions,
-    "storms": lambda result: result.num_storms,
-    "goodput": lambda result: result.goodput,
-    "prefix hits": lambda result: f"{result.hit_share:.1%}",
-    "table entries": lambda result: result.average_table,
-}
-MEMORY = ["tokens", "reserved", "internal", "external", "free"]
-LATENCY = ["TTFT p50 s", "TTFT p99 s", "TBT p50 s", "TBT p99 s"]
-READ_MEMORY = """\
-Shares of all KV memory, averaged over the time in which requests arrive. `tokens`: K and V of computed tokens;
-higher is better, at most 100%. `reserved`: for tokens that a request will still generate. `internal`: held, and
-never used. `external`: not held, but refused to a waiting request. `free`: not held, and no request waits for it.
-The paper's Figure 2 has 96.3% in `tokens` for paged, and 20.4% for max, 26.8% for pow2, 38.2% for oracle (compare
---contiguous buddy)."""
-READ_SPEED = """\
-`batch`: requests in a step; `tokens/s`: generated; higher is better. TTFT, time to first token, and TBT, time between
-tokens: lower is better. `goodput`: share of the computed tokens that were computed for the first time; below 1, more
-requests were admitted than the pool could hold, and `preemptions` threw work away."""
-READ_BLOCK_SIZE = """\
-Small blocks waste less and share more, large blocks have shorter block tables. `internal`: the unfilled ends of
-blocks, and slots that make no whole block, as a share of all KV memory; lower is better. `prefix hits`: share of the
-prompt tokens that were found in the pool; higher is better. `table entries`: length of a request's block table; lower
-is better."""
-READ_POOL = """\
-In how small a pool do eviction storms begin? `storms`: how often goodput over 64 steps fell below 0.8 (see
-pressure/storm.py); fewer are better. `goodput`: share of the computed tokens that were computed for the first time;
-at most 1. TTFT: time to first token, lower is better. `tokens`: share of that row's memory."""
-TABLES = {  # by what is swept: (what a row is, columns, how to read them)
-    None: [("server", MEMORY, READ_MEMORY),
-           ("server", ["batch", "tokens/s", *LATENCY, "preemptions", "goodput"], READ_SPEED)],
-    "block-size": [("block size", ["internal", "prefix hits", "table entries", "tokens", "batch", "tokens/s"],
-                    READ_BLOCK_SIZE)],
-    "pool": [("slots", ["tokens", "batch", "tokens/s", "TTFT p50 s", "TTFT p99 s", "preemptions", "storms", "goodput"],
-              READ_POOL)],
-}
+ALLOWED: dict[str, tuple[float, ...]] = {  # of each number: at least this, and at most that
+    "requests": (1,), "rate": (1e-6,), "shared_prefix": (0.0, 1.0), "slots": (1,), "max_num_seqs": (1,),
+    "max_num_batched_tokens": (1,), "max_model_len": (2,), "block_size": (1,), "watermark": (0.0, 1.0),
+    "swap_blocks": (0,), "fixed_s": (SHORTEST_STEP_S, 1000.0), "per_token_s": (0.0, 1000.0),
+    "per_kv_token_s": (0.0, 1000.0)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     requests = parser.add_argument_group("requests")
     requests.add_argument("--dataset", choices=sorted(traces.DATASETS),
                           help="draw lengths with the statistics of this data set (default: sharegpt)")
-    requests.add_argument("--requests", type=int, help="how many (default: 2000; 1000 for --sweep)")
+    requests.add_argument("--requests", type=int, help=f"how many (default: {DEFAULT_REQUESTS}; 1000 for --sweep)")
     requests.add_argument("--rate", type=float, help="Poisson arrivals a second (default: by dataset, "
                           f"{', '.join(f'{name} {rate:g}' for name, rate in RATES.items())}; "
                           "a quarter of that for --sweep pool, so that a pool can be large enough)")
@@ -154,21 +112,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Simulates the chosen servers, prints their tables, and returns their figures."""
+    for name, allowed in ALLOWED.items():
+        if getattr(args, name) is not None:
+            require_number(flag(name), getattr(args, name), *allowed)
     cost = StepCost(args.fixed_s, args.per_token_s, args.per_kv_token_s)
-    require_int("slots", args.slots, 1)
-    require_int("max_model_len", args.max_model_len, 2)
-    require_int("swap_blocks", args.swap_blocks, 0)
     trace, clock = chosen_trace(args), Clock()
     make = partial(make_server, args, clock, chosen_admission(args), chosen_order(args))
     servers = {label: make(*server) for label, server in chosen_servers(args).items()}
     start, results = time.perf_counter(), {}
     summary = summarize(partial(fitting, trace, servers, args))  # all of it fits, or nothing is simulated
-    for label, server in servers.items():
+    for i, (label, server) in enumerate(servers.items()):
         def progress(finished: int) -> None:
-            elapsed_s = time.perf_counter() - start
-            show_progress(f"{label}: {finished:,} of {summary.requests:,} requests, {elapsed_s:.0f} s")
+            share = (i + finished / summary.requests) / len(servers)
+            show_progress(f"{label}: {finished:,} of {summary.requests:,} requests; "
+                          f"all: {time_left(share, time.perf_counter() - start)}")
 
-        results[label] = simulate(trace, summary.last_arrival_s, server, clock, cost, progress)
+        try:
+            results[label] = simulate(trace, summary.last_arrival_s, server, clock, cost, progress)
+        except PolicyError as error:  # for the user to fix: one line, no traceback
+            raise error.__cause__ if isinstance(error.__cause__, WrongAnswer) else ValueError(error) from error
     wall_s = time.perf_counter() - start
     show_progress("")
     print(f"{summary.requests:,} requests in {summary.last_arrival_s - summary.first_arrival_s:,.0f} s, of "
@@ -176,18 +138,30 @@ def run(args: argparse.Namespace) -> dict[str, object]:
           f"{args.slots:,} slots of KV memory, each for one token.\n"
           f"A step takes {cost.fixed_s * 1e3:g} ms, and {cost.per_token_s * 1e3:g} ms for each token computed, and "
           f"{cost.per_kv_token_s * 1e3:g} ms for each token of context read.\nSimulated in {wall_s:.1f} s.")
-    for rows, columns, explanation in TABLES[args.sweep]:
-        cells = [[label, *(COLUMNS[column](result) for column in columns)] for label, result in results.items()]
-        print(f"\n{table([rows, *columns], cells)}\n\n{explanation}")
+    on_purpose = args.trace is None and args.rate == RATES[args.dataset]
+    print(tables.load(summary, results, args.sweep, on_purpose), end="")
+    print(tables.results(results, args.sweep, summary.requests < tables.FEW))
+    if not args.sweep:
+        print(f"\n{tables.beside_the_paper(args.servers, args.contiguous, unlike_the_paper(args))}")
     return {"trace": summary._asdict(), "step_cost": asdict(cost), "wall_s": wall_s,
             "results": {label: asdict(result) for label, result in results.items()}}
+
+
+def unlike_the_paper(args: argparse.Namespace) -> list[str]:
+    """The flags that change the load or the servers; the defaults are the paper's."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    paper = parser.parse_args([])
+    chosen_trace(paper), chosen_servers(paper)  # settle what depends on others
+    return [flag(name) for name, value in vars(paper).items()
+            if name not in ("seed", "servers", "contiguous") and getattr(args, name) not in (None, value)]
 
 
 def chosen_trace(args: argparse.Namespace) -> Trace:
     if args.trace is not None:
         refuse_beside(args, "--trace", "dataset", "requests", "rate", "shared_prefix", "seed")
         return partial(traces.read, args.trace, args.max_model_len)
-    settle(args, dataset="sharegpt", requests=1000 if args.sweep else 2000, seed=0,
+    settle(args, dataset="sharegpt", requests=1000 if args.sweep else DEFAULT_REQUESTS, seed=0,
            shared_prefix=0.5 if args.sweep == "block-size" else 0.0)
     settle(args, rate=RATES[args.dataset] / (4 if args.sweep == "pool" else 1))
     return partial(traces.generate, traces.DATASETS[args.dataset], args.requests, args.rate, args.max_model_len,
@@ -202,7 +176,6 @@ def chosen_servers(args: argparse.Namespace) -> dict[str | int, tuple[str, int, 
         refuse_beside(args, "--sweep block-size", "block_size")
         return {size: ("paged", args.slots, size) for size in BLOCK_SIZES}
     settle(args, block_size=16)
-    require_int("block_size", args.block_size, 1)
     if args.sweep == "pool":
         return {int(share * args.slots): ("paged", int(share * args.slots), args.block_size) for share in POOL_SHARES}
     settle(args, servers=["paged", *RESERVATIONS], contiguous="first-fit")
@@ -211,9 +184,13 @@ def chosen_servers(args: argparse.Namespace) -> dict[str | int, tuple[str, int, 
 
 def refuse_beside(args: argparse.Namespace, option: str, *others: str) -> None:
     """Raises ValueError if any of the others, which have no effect beside this option, was given."""
-    given = [f"--{other.replace('_', '-')}" for other in others if getattr(args, other) is not None]
+    given = [flag(other) for other in others if getattr(args, other) is not None]
     if given:
         raise ValueError(f"{', '.join(given)} would have no effect beside {option}: give one or the other")
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def settle(args: argparse.Namespace, **defaults: object) -> None:
@@ -231,6 +208,10 @@ def chosen_order(args: argparse.Namespace) -> OrderPolicy:
     if args.order in ORDERS:
         return order_by_name(args.order)
     return own_policy("--order", args.order, ORDERS, partial(require_number, minimum=-math.inf))
+
+
+class WrongAnswer(ValueError):
+    """What a user's policy returned is no answer."""
 
 
 def own_policy(option: str, text: str, names: tuple[str, ...],
@@ -257,8 +238,8 @@ def own_policy(option: str, text: str, names: tuple[str, ...],
         answer = function(subject)
         try:
             return required(f"what {option} {text} returns", answer)
-        except TypeError as error:  # for the user to fix: one line, no traceback
-            raise ValueError(error) from None
+        except (TypeError, ValueError) as error:
+            raise WrongAnswer(error) from None
 
     return checked
 
@@ -287,7 +268,7 @@ def fitting(trace: Trace, servers: dict[str | int, Server], args: argparse.Names
                 where = f"request {number}" if args.trace is None else f"{args.trace}, line {number}"
                 raise ValueError(
                     f"{where}: {len(arrival.prompt)} prompt and {arrival.output_tokens} output tokens need {needed:,} "
-                    f"slots, and a request can have at most {server.longest:,} ({TABLES[args.sweep][0][0]} {label}): "
+                    f"slots, and a request can have at most {server.longest:,} ({tables.row(args.sweep)} {label}): "
                     "raise --slots")
         yield arrival
 

@@ -179,8 +179,10 @@ class Result:
     tokens_per_s: float  # generated
     ttft_p50_s: float | None  # time to first token, from arrival
     ttft_p99_s: float | None
+    ttft_max_s: float | None
     tbt_p50_s: float | None  # time between two consecutive tokens of a request
     tbt_p99_s: float | None
+    tbt_max_s: float | None
     simulated_s: float  # of the whole run, from the first arrival on
     goodput: float  # share of the computed tokens that were computed for the first time
     hit_share: float  # of the prompt tokens: found in the pool instead of computed
@@ -267,6 +269,7 @@ def _result(averages: Averages, first_tokens: Histogram, gaps: Histogram, simula
         memory={name: share / slots for name, share in zip(MemoryUse._fields, averages.memory)},
         average_batch=averages.requests / seconds, average_table=averages.table_entries / averages.requests,
         tokens_per_s=averages.output_tokens / seconds, ttft_p50_s=first_tokens.percentile(50),
-        ttft_p99_s=first_tokens.percentile(99), tbt_p50_s=gaps.percentile(50), tbt_p99_s=gaps.percentile(99),
+        ttft_p99_s=first_tokens.percentile(99), ttft_max_s=first_tokens.percentile(100),
+        tbt_p50_s=gaps.percentile(50), tbt_p99_s=gaps.percentile(99), tbt_max_s=gaps.percentile(100),
         simulated_s=simulated_s, goodput=goodput(stats.computed_tokens, stats.recomputed_tokens),
         hit_share=stats.prompt_hit_tokens / stats.prompt_tokens, num_storms=num_storms, counts=stats)

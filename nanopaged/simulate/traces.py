@@ -16,13 +16,17 @@ import math
 import os
 import random
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
-from nanopaged.validation import require_int, require_number, shown
+from nanopaged.validation import require_int, require_number
 
+REQUIRED = ("arrival_s", "prompt", "output_tokens")  # of a request in a file
+EXPECTED = f"expected an object with {', '.join(REQUIRED)}, once each, and perhaps priority"
+LATEST_S = 10**10  # a clock that shows more would not advance in the shortest steps
 NUM_SHARED_PREFIXES = 8  # different prefixes that requests share, such as system prompts
 
 
@@ -57,7 +61,7 @@ class Lengths:
     def __init__(self, mean: float, sigma: float, limit: int) -> None:
         if not 1 <= mean <= 0.9 * limit:
             raise ValueError(f"lengths of {mean:g} tokens on average cannot be drawn with at most {limit} each, half "
-                             f"of max_model_len: raise max_model_len to {math.ceil(2 * mean / 0.9)} at least")
+                             f"of --max-model-len: raise it to {math.ceil(2 * mean / 0.9)} at least")
         self.sigma, self.limit = sigma, limit
         low, high = math.log(mean) - sigma**2, math.log(limit) + 10 * sigma
         for _ in range(60):  # the mean after limiting rises with mu: bisection
@@ -88,7 +92,7 @@ def generate(statistics: LengthStatistics, num_requests: int, rate: float, max_m
     require_int("num_requests", num_requests, 1)
     require_number("rate", rate, 1e-6)  # positive, and large enough for finite arrival times
     require_number("shared_prefix", shared_prefix, 0.0, 1.0)
-    limit = require_int("max_model_len", max_model_len, 4) // 2
+    limit = require_int("max_model_len", max_model_len, 2) // 2
     prompts = Lengths(statistics.mean_prompt, statistics.prompt_sigma, limit)
     outputs = Lengths(statistics.mean_output, statistics.output_sigma, limit)
 
@@ -124,7 +128,7 @@ def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
                 if request.arrival_s < previous_s:
                     raise ValueError(f"arrival_s is {request.arrival_s}, but the line before has {previous_s}: "
                                      "sort the lines by arrival")
-            except (TypeError, ValueError) as error:
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
             previous_s = request.arrival_s
             yield request
@@ -133,28 +137,58 @@ def read(path: str, max_model_len: int) -> Iterator[TraceRequest]:
 
 
 def _parse(line: bytes, number: int, max_model_len: int) -> TraceRequest:
+    if not line.strip():
+        raise ValueError(f"the line is empty: {EXPECTED}")
     try:
-        pairs = json.loads(line.decode().rstrip(), object_pairs_hook=tuple)  # a dict would hide that a key is repeated
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    required = ("arrival_s", "prompt", "output_tokens")
-    keys = sorted(key for key, _ in pairs) if isinstance(pairs, tuple) else []
-    if keys not in (sorted(required), sorted([*required, "priority"])):
-        raise ValueError(f"expected an object with {', '.join(required)}, once each, and priority if there are any, "
-                         f"got {shown(pairs)}")
-    fields = dict(pairs)
-    arrival_s = float(require_number("arrival_s", fields["arrival_s"], 0.0))
-    priority = require_number("priority", fields.get("priority", 0), -math.inf)
-    output_tokens = require_int("output_tokens", fields["output_tokens"], 1)
+        fields = json.loads(line.decode().rstrip(), object_pairs_hook=_once_each)
+    except UnicodeDecodeError:
+        raise ValueError(f"not JSON (not even UTF-8): {EXPECTED}") from None
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" starting at").lower()
+        raise ValueError(f"not JSON ({what} at character {error.pos + 1}): {EXPECTED}") from None
+    except RecursionError:
+        raise ValueError(f"too deeply nested: {EXPECTED}") from None
+    if not isinstance(fields, dict) or not {*REQUIRED} <= fields.keys() <= {*REQUIRED, "priority"}:
+        raise ValueError(f"{EXPECTED}, got {_json(fields)}")
+    arrival_s = float(_number("arrival_s", fields["arrival_s"], 0, LATEST_S))
+    priority = _number("priority", fields.get("priority", 0))
+    output_tokens = _whole("output_tokens", fields["output_tokens"], 1)
     prompt = fields["prompt"]
     if isinstance(prompt, list):
+        if not prompt:
+            raise ValueError("prompt has no tokens: at least one is needed")
         for token_id in prompt:
-            require_int("a token id of prompt", token_id, 0)
-    length = len(prompt) if isinstance(prompt, list) else require_int("prompt", prompt, 1)
-    if length == 0:
-        raise ValueError("prompt has no tokens: at least one is needed")
+            _whole("a token id of prompt", token_id, 0)
+    length = len(prompt) if isinstance(prompt, list) else _whole("prompt", prompt, 1, ", or a list of token ids")
     if length + output_tokens > max_model_len:
-        raise ValueError(f"{length} prompt and {output_tokens} output tokens are more than max_model_len="
-                         f"{max_model_len}")
+        raise ValueError(f"prompt and output_tokens are {length + output_tokens} tokens together, and --max-model-len "
+                         f"allows {max_model_len}: raise it, or shorten the request")
     # No token id in a file is negative, so such a prompt has no prefix in common with any other.
     return TraceRequest(arrival_s, prompt if isinstance(prompt, list) else [-number] * length, output_tokens, priority)
+
+
+def _once_each(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"{_json(name)} is given {times} times: {EXPECTED}")
+    return dict(pairs)
+
+
+def _whole(name: str, value: object, minimum: int, otherwise: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}{otherwise}, got {_json(value)}")
+    return value
+
+
+def _number(name: str, value: object, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != math.inf
+    if not is_number or not minimum <= value <= maximum:  # nan is not
+        allowed = "finite number" if maximum == math.inf else f"number from {minimum:,} to {maximum:,}"
+        raise ValueError(f"{name} must be a {allowed}, got {_json(value)}")
+    return value
+
+
+def _json(value: object) -> str:
+    """A value as it stands in the file, on one line and not too long."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

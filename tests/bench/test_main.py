@@ -35,6 +35,13 @@ def test_without_a_command_all_commands_are_listed(capsys: pytest.CaptureFixture
     assert run() == 0
     streams = capsys.readouterr()
     assert all(f"\n    {command} " in streams.out for command in bench.COMMANDS) and streams.err == ""
+    assert run("--help") == 0
+    assert capsys.readouterr() == streams
+
+
+def test_the_list_is_what_a_user_gets_who_names_no_command() -> None:
+    done = python(ROOT, "-m", "nanopaged.bench")
+    assert (done.returncode, done.stderr) == (0, "") and "\n    kernel " in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [["no such command"], ["--no-such-flag"], ["scheduler", "--no-such-flag"],

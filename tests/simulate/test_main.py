@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.test_progress import in_terminal
 
 from nanopaged import report
 from nanopaged.simulate import __main__ as command_line
@@ -72,19 +74,22 @@ def test_smaller_blocks_waste_less_share_more_and_need_longer_tables(tmp_path: P
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--requests", "0"], "num_requests must be at least 1"), (["--rate", "0"], "rate must be at least 1e-06"),
-    (["--rate", "nan"], "rate must be finite"), (["--slots", "0"], "slots must be at least 1"),
-    (["--slots", "-5"], "slots must be at least 1"), (["--block-size", "0"], "block_size must be at least 1"),
+    (["--requests", "0"], ": --requests must be at least 1"), (["--rate", "0"], ": --rate must be at least 1e-06"),
+    (["--rate", "nan"], ": --rate must be finite"), (["--slots", "0"], ": --slots must be at least 1"),
+    (["--slots", "-5"], ": --slots must be at least 1"), (["--block-size", "0"], ": --block-size must be at least 1"),
     (["--block-size", "99999"], "15,700 slots make no block of 99,999: raise --slots, or choose smaller blocks"),
-    (["--sweep", "pool", "--slots", "99"], "14 slots make no block of 16"), (["--max-model-len", "99"], "raise max_mo"),
-    (["--max-model-len", "1"], "max_model_len must be at least 2"),
+    (["--sweep", "pool", "--slots", "99"], "14 slots make no block of 16"),
+    (["--max-model-len", "99"], "half of --max-model-len: raise it to 358"),
+    (["--max-model-len", "1"], ": --max-model-len must be at least 2"),
     (["--sweep", "pool", "--slots", "1"], "0 slots make"),
-    (["--fixed-s", "0"], "fixed_s must be from 1e-05"), (["--watermark", "2"], "watermark must be from 0.0 to 1.0"),
-    (["--per-token-s", "1e308"], "per_token_s must be from 0.0 to 1000.0"),
-    (["--swap-blocks", "-1"], "swap_blocks must be at least 0"), (["--max-num-seqs", "0"], "must be at least 1"),
-    (["--servers", "max", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
-    (["--max-num-batched-tokens", "0"], "max_num_batched_tokens must be at least 1"),
-    (["--shared-prefix", "7"], "shared_prefix must be from"), (["--trace", "no/such/file"], "no/such/file"),
+    (["--fixed-s", "0"], ": --fixed-s must be from 1e-05"), (["--watermark", "2"], ": --watermark must be from 0.0 to"),
+    (["--per-token-s", "1e308"], ": --per-token-s must be from 0.0 to 1000.0"),
+    (["--per-kv-token-s", "-1"], ": --per-kv-token-s must be from 0.0 to 1000.0"),
+    (["--swap-blocks", "-1"], ": --swap-blocks must be at least 0"),
+    (["--max-num-seqs", "0"], ": --max-num-seqs must be at least 1"),
+    (["--servers", "max", "--max-num-seqs", "0"], ": --max-num-seqs must be at least 1"),
+    (["--max-num-batched-tokens", "0"], ": --max-num-batched-tokens must be at least 1"),
+    (["--shared-prefix", "7"], ": --shared-prefix must be from"), (["--trace", "no/such/file"], "no/such/file"),
     (["--trace", ""], "No such file"),
     (["--dataset", "other"], "invalid choice"), (["--servers", "orca"], "invalid choice"),
     (["--requests", "many"], "invalid int")])
@@ -92,7 +97,7 @@ def test_bad_arguments_get_one_clear_line_and_status_2(arguments: list[str], mes
                                                        capsys: pytest.CaptureFixture) -> None:
     assert command(*arguments) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("simulate: error: ") and message in last
+    assert last.startswith("simulate: error: ") and message in last and "_" not in last
 
 
 def test_a_damaged_trace_file_names_its_line_before_anything_is_simulated(tmp_path: Path,
@@ -125,6 +130,16 @@ def test_a_request_that_can_never_fit_is_named_before_anything_is_simulated(
     assert capsys.readouterr().err == (
         f"simulate: error: {path}, line {line}: {prompt} prompt and {output} output tokens need {needed} slots, "
         f"and a request can have at most {room} ({row}): raise --slots\n")
+
+
+def test_on_a_terminal_progress_says_how_much_is_done_and_how_long_the_rest_will_take() -> None:
+    status, written = in_terminal("-m", "nanopaged.simulate", "--requests", "300")
+    lines = re.findall(r"\x1b\[K(\w+): [\d,]+ of 300 requests; all: (\d+)% done(, about \d+ s left)?(?=\r)", written)
+    shares = [int(share) for _, share, _ in lines]
+    assert status == 0 and shares == sorted(shares) and shares[-1] > 75 and len(set(shares)) > 8
+    assert list(dict.fromkeys(server for server, _, _ in lines)) == ["paged", "max", "pow2", "oracle"]
+    assert all(left for _, share, left in lines if share != "0")
+    assert re.search(r"left\r\x1b\[K300 requests in ", written), "the line is cleared before the results"
 
 
 def test_a_random_request_that_can_never_fit_is_numbered(capsys: pytest.CaptureFixture) -> None:
@@ -215,6 +230,9 @@ def says_yes(context):
 
 def infinite(request):
     return float("inf")
+
+def raises(subject):
+    return subject.no_such_field
 """
 
 
@@ -262,12 +280,17 @@ def test_an_own_policy_does_what_the_same_policy_by_name_does(
     ("--order", "mine:infinite", "what --order mine:infinite returns must be finite, got inf"),
     ("--admission", "mine:forgets", "what --admission mine:forgets returns must be a bool, got None (NoneType)"),
     ("--admission", "mine:says_yes", "what --admission mine:says_yes returns must be a bool, got 'yes' (str)"),
+    ("--order", "mine:raises", "the order policy raised AttributeError"),
+    ("--order", "mine:raises", "whose fields are request_id"),
+    ("--admission", "mine:raises", "has no attribute 'no_such_field'"),
+    ("--admission", "mine:raises", "fields are pool, available, committed, chunk, prompt, full"),
     ("--admission", "mine:never", "the admission policy refuses it even in an empty pool")])
 def test_a_mistake_in_an_own_policy_gets_one_clear_line_and_status_2(
         option: str, own: str, message: str, own_policies: None, capsys: pytest.CaptureFixture) -> None:
     assert command(*SMALL, option, own) == 2
     error = capsys.readouterr().err
     assert error.startswith("simulate: error: ") and message in error and error.count("\n") == 1
+    assert "what" not in message or error.startswith("simulate: error: what")
 
 
 def test_a_swap_space_is_given_to_the_paged_server(tmp_path: Path) -> None:

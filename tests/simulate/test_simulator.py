@@ -97,7 +97,7 @@ def test_time_to_first_token_counts_from_the_arrival_even_in_the_middle_of_a_ste
     clock = Clock()
     result = simulate(fixed((0.0, 3, 2), (0.25, 3, 1)), 0, paged(clock, 8), clock, SECOND)
     assert result.ttft_p50_s == pytest.approx(1.0, rel=0.01)
-    assert result.ttft_p99_s == pytest.approx(1.75, rel=0.01)
+    assert result.ttft_p99_s == result.ttft_max_s == pytest.approx(1.75, rel=0.01)
 
 
 def test_time_between_tokens_counts_every_gap_of_every_request() -> None:
@@ -108,6 +108,7 @@ def test_time_between_tokens_counts_every_gap_of_every_request() -> None:
     clock = Clock()
     result = simulate(fixed((0.0, 1, 3), (0.0, 1, 9)), 0, paged(clock, 16), clock, StepCost(1.0, 1.0, 0.0))
     assert result.tbt_p50_s == pytest.approx(2.0, rel=0.01), "4 gaps of 3 s, 6 of 2 s"
+    assert result.tbt_max_s == pytest.approx(3.0, rel=0.01)
 
 
 def test_idle_time_is_skipped_and_counts_as_free_memory() -> None:

@@ -34,7 +34,7 @@ def test_lengths_have_a_long_tail() -> None:
 
 
 def test_a_limit_too_low_for_the_mean_is_refused_with_the_lowest_that_is_allowed() -> None:
-    with pytest.raises(ValueError, match="raise max_model_len to 752 at least"):
+    with pytest.raises(ValueError, match="half of --max-model-len: raise it to 752 at least"):
         generate(DATASETS["sharegpt"], 1, 1.0, 512)
     generate(DATASETS["sharegpt"], 1, 1.0, 752)
 
@@ -84,7 +84,8 @@ def test_without_a_shared_prefix_no_two_prompts_have_a_token_in_common() -> None
 @pytest.mark.parametrize("change, message", [
     ({"num_requests": 0}, "num_requests must be at least 1"), ({"rate": 0.0}, "rate must be at least 1e-06"),
     ({"rate": -1.0}, "rate must be at least 1e-06"), ({"rate": float("inf")}, "rate must be finite"),
-    ({"shared_prefix": 1.5}, "shared_prefix must be from 0.0 to 1.0"), ({"max_model_len": 2}, "max_model_len")])
+    ({"shared_prefix": 1.5}, "shared_prefix must be from 0.0 to 1.0"), ({"max_model_len": 1}, "max_model_len must be"),
+    ({"max_model_len": 2}, "raise it to 43 at least")])
 def test_bad_arguments_are_refused_before_the_first_request(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(**{"statistics": DATASETS["alpaca"], "num_requests": 1, "rate": 1.0, "max_model_len": 2048, **change})
@@ -111,26 +112,47 @@ def test_requests_in_a_file_may_have_priorities(tmp_path: Path) -> None:
     assert [request.priority for request in read(path, 2048)] == [0, -1.5, 2]
 
 
+SECONDS, WHOLE = "a number from 0 to 10,000,000,000", "a whole number of at least"
+EXPECTED = "expected an object with arrival_s, prompt, output_tokens, once each, and perhaps priority"
+
+
 @pytest.mark.parametrize("line, message", [
-    ('{"arrival_s": 1.0, "prompt', "not JSON"), ("", "not JSON"), ("[1, 2, 3]", "expected an object with arrival_s"),
-    ({"arrival_s": 1.0, "prompt": 5}, "expected an object with"), ({**GOOD, "extra": 1}, "expected an object with"),
-    ({**GOOD, "arrival_s": 0.123456789}, "is 0.123456789, but the line before has 1.0: sort the lines by arrival"),
-    ({**GOOD, "arrival_s": "soon"}, "arrival_s must be a number"),
-    ({**GOOD, "arrival_s": float("nan")}, "arrival_s must be finite"), ({**GOOD, "prompt": 0}, "must be at least 1"),
-    ({**GOOD, "arrival_s": float("inf")}, "arrival_s must be finite"),
-    ({**GOOD, "arrival_s": -1}, "arrival_s must be at least 0"),
-    ('{"arrival_s": 1, "prompt": 5, "prompt": 6, "output_tokens": 3}', "output_tokens, once each, .*got .*5.*6"),
-    ({**GOOD, "priority": "high"}, "priority must be a number"),
-    ({**GOOD, "priority": float("nan")}, "priority must be finite"),
-    ("{}", "expected an object with"), ("7", "expected an object with"),
-    ({**GOOD, "prompt": []}, "prompt has no tokens"), ({**GOOD, "prompt": [1, "a"]}, "of prompt must be an int"),
-    ({**GOOD, "prompt": "hello"}, "prompt must be an int"), ({**GOOD, "prompt": [-7]}, "must be at least 0"),
-    ({**GOOD, "output_tokens": 0}, "output_tokens must be at least 1"), ({**GOOD, "output_tokens": 1.5}, "be an int"),
-    ({**GOOD, "prompt": 2046}, "2046 prompt and 3 output tokens are more than max_model_len=2048")])
-def test_a_damaged_line_is_named(tmp_path: Path, line: object, message: str) -> None:
+    ('{"arrival_s": 1.0, "prompt', f"not JSON (unterminated string at character 20): {EXPECTED}"),
+    ('{"arrival_s": 1.0 "prompt"', f"not JSON (expecting ',' delimiter at character 19): {EXPECTED}"),
+    ("", f"the line is empty: {EXPECTED}"), ("[" * 100_000, f"too deeply nested: {EXPECTED}"),
+    ('{"arrival_s": 1, "prompt": 5, "prompt": 6, "output_tokens": 3}', f'"prompt" is given 2 times: {EXPECTED}'),
+    ("[1, 2, 3]", f"{EXPECTED}, got [1, 2, 3]"), ("7", f"{EXPECTED}, got 7"), ("{}", f"{EXPECTED}, got {{}}"),
+    ({"prompt": 5, "output_tokens": {"a": 1}}, f'{EXPECTED}, got {{"prompt": 5, "output_tokens": {{"a": 1}}}}'),
+    ({**GOOD, "extra": None}, f'{EXPECTED}, got {{"arrival_s": 1.0, "prompt": 5, "output_tokens": 3, "extra": null}}'),
+    ({**GOOD, "extra": "x" * 99}, f'{EXPECTED}, got {{"arrival_s": 1.0, "prompt": 5, "output_tokens": 3, "extra": '
+     f'"{"x" * 15}...'),
+    ({**GOOD, "arrival_s": 0.123456789}, "arrival_s is 0.123456789, but the line before has 1.0: sort the lines by "
+     "arrival"),
+    ({**GOOD, "arrival_s": "soon"}, f'arrival_s must be {SECONDS}, got "soon"'),
+    ({**GOOD, "arrival_s": True}, f"arrival_s must be {SECONDS}, got true"),
+    ({**GOOD, "arrival_s": float("nan")}, f"arrival_s must be {SECONDS}, got NaN"),
+    ({**GOOD, "arrival_s": float("inf")}, f"arrival_s must be {SECONDS}, got Infinity"),
+    ({**GOOD, "arrival_s": -1}, f"arrival_s must be {SECONDS}, got -1"),
+    ({**GOOD, "arrival_s": 10**400}, f"arrival_s must be {SECONDS}, got 1{'0' * 76}..."),
+    ({**GOOD, "priority": "high"}, 'priority must be a finite number, got "high"'),
+    ({**GOOD, "priority": float("nan")}, "priority must be a finite number, got NaN"),
+    ({**GOOD, "priority": -float("inf")}, "priority must be a finite number, got -Infinity"),
+    ({**GOOD, "prompt": []}, "prompt has no tokens: at least one is needed"),
+    ({**GOOD, "prompt": 0}, f"prompt must be {WHOLE} 1, or a list of token ids, got 0"),
+    ({**GOOD, "prompt": None}, f"prompt must be {WHOLE} 1, or a list of token ids, got null"),
+    ({**GOOD, "prompt": "hello"}, f'prompt must be {WHOLE} 1, or a list of token ids, got "hello"'),
+    ({**GOOD, "prompt": [1, [2]]}, f"a token id of prompt must be {WHOLE} 0, got [2]"),
+    ({**GOOD, "prompt": [-7]}, f"a token id of prompt must be {WHOLE} 0, got -7"),
+    ({**GOOD, "output_tokens": 0}, f"output_tokens must be {WHOLE} 1, got 0"),
+    ({**GOOD, "output_tokens": 1.5}, f"output_tokens must be {WHOLE} 1, got 1.5"),
+    ({**GOOD, "output_tokens": True}, f"output_tokens must be {WHOLE} 1, got true"),
+    ({**GOOD, "prompt": 2046}, "prompt and output_tokens are 2049 tokens together, and --max-model-len allows 2048: "
+     "raise it, or shorten the request")], ids=lambda value: str(value)[:20])
+def test_a_damaged_line_is_named_in_the_words_of_json(tmp_path: Path, line: object, message: str) -> None:
     path = write(tmp_path / "trace", GOOD, GOOD, line, GOOD)
-    with pytest.raises(ValueError, match=f"trace, line 3: .*{message}"):
+    with pytest.raises(ValueError) as caught:
         list(read(path, 2048))
+    assert str(caught.value) == f"{path}, line 3: {message}"
 
 
 def test_bytes_that_are_not_text_and_an_empty_file_are_refused(tmp_path: Path) -> None:
