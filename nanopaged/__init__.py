@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 
 _PUBLIC = {"LLM": "engine", "SamplingParams": "sampling_params", "RequestOutput": "outputs",
-           "CompletionOutput": "outputs", "TooManyWaiting": "waiting"}
+           "CompletionOutput": "outputs", "TooManyWaiting": "waiting", "PolicyError": "waiting"}
 __all__ = list(_PUBLIC)
 
 

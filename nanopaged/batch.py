@@ -35,13 +35,14 @@ class Batch:
         logits_rows: (num_sampled + num_cut,), the last row of each request: first those from which a token is sampled.
         block_tables: (num_requests, width), padded with 0, never read there.
         num_decodes: the first `num_decodes` requests have one row each.
+        num_cut: the last `num_cut` of `logits_rows` give no token.
         plan: what an attention may compute from these once, for all layers; None until then.
     """
 
     def __init__(self, flat: torch.Tensor, num_tokens: int, num_requests: int, num_logits: int,
-                 num_decodes: int) -> None:
+                 num_decodes: int, num_cut: int = 0) -> None:
         self.flat = flat
-        self.num_decodes = num_decodes
+        self.num_decodes, self.num_cut = num_decodes, num_cut
         self.plan: object = None
         parts = [num_tokens, num_tokens, num_tokens, num_requests + 1, num_requests, num_logits]
         (self.token_ids, self.positions, self.slots, self.query_start, self.seq_lens, self.logits_rows,
@@ -73,5 +74,5 @@ class Batch:
         for request in step.requests:
             values.extend(request.block_table)
             values.extend(padding[len(request.block_table) :])
-        flat = torch.frombuffer(values, dtype=torch.int32)
-        return cls(upload(flat, device), len(token_ids), len(step.requests), len(logits_rows), step.num_decodes)
+        flat = upload(torch.frombuffer(values, dtype=torch.int32), device)
+        return cls(flat, len(token_ids), len(step.requests), len(logits_rows), step.num_decodes, len(step.cut))

@@ -244,9 +244,8 @@ def reserved_bytes(config: EngineConfig, model: GPT2, device: torch.device, atte
     if device.type == "cpu":
         return 0
     shape, dtype = model.config, model.wte.weight.dtype
-    seats = min(config.max_num_seqs, config.max_num_batched_tokens)
     rows = 16 * config.max_num_batched_tokens * shape.n_embd * dtype.itemsize  # some 16 of n_embd for each token
-    needs = rows + sampling_bytes(seats, shape.vocab_size, dtype.itemsize, device.type)
+    needs = rows + sampling_bytes(config.max_num_seqs, shape.vocab_size, dtype.itemsize, device.type)
     if not uses_graphs(config, device, attention):
         return needs
     from nanopaged.fast.cuda_graphs import logits_bytes
@@ -254,7 +253,7 @@ def reserved_bytes(config: EngineConfig, model: GPT2, device: torch.device, atte
     return needs + logits_bytes(shape, dtype, config.max_num_seqs)
 
 
-LogitsOf = Callable[[Step], torch.Tensor]  # (num_sampled, vocab_size)
+LogitsOf = Callable[[Step], torch.Tensor]  # (num_logits, vocab_size)
 
 
 def choose_logits(eager: LogitsOf, config: EngineConfig, model: GPT2, kv_cache: torch.Tensor,

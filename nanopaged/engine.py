@@ -49,9 +49,8 @@ def compute_logits(model: GPT2, kv_cache: torch.Tensor, attention: AttentionBack
 class LLM(Exclusive):
     """A GPT-2 that serves many requests from one paged KV cache.
 
-    It belongs to one thread at a time. While one of `add_request`, `step`, `generate` and `abort_request` runs,
-    another call of these, from a second thread or from a callback, raises RuntimeError and changes nothing; `stats`
-    and `has_unfinished_requests` may be read at any time.
+    It belongs to one thread at a time: while `add_request`, `step`, `generate` or `abort_request` runs, another call of
+    these, from a second thread or a callback, raises RuntimeError and changes nothing. `stats` may be read at any time.
 
     Args:
         model: "copycat", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", a checkpoint's path (see

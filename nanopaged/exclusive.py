@@ -29,7 +29,8 @@ def alone(method: Method) -> Method:
         inside, me = self._inside, (method.__name__, threading.current_thread().name)
         try:
             # `setdefault` looks and enters in one operation, so of two threads one is told of the other. Ctrl-C is
-            # handled after calls: there may be none between a look and a change, so no interrupt leaves the door shut.
+            # handled after calls, and CPython's lock changes hands there: so there is no call between a look and a
+            # change, and no interrupt leaves the door shut.
             if (first := inside.setdefault("call", me)) is not me:
                 raise RuntimeError(
                     f"{method.__name__} was called in thread {me[1]!r} while {first[0]} runs in thread {first[1]!r}: "

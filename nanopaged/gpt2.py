@@ -142,9 +142,10 @@ class GPT2(nn.Module):
         for block, (k_cache, v_cache) in zip(self.h, kv_cache):  # `attend` sees this layer's cache
             x = block(x, attend)
         last = x.index_select(0, batch.logits_rows)  # (num_logits, n_embd): the head is the largest matrix
-        if batch.num_decodes < len(batch.seq_lens):  # else every row shows in its own logits
+        if batch.num_cut or batch.num_decodes < len(batch.seq_lens):  # else every row shows in its own logits
             faults = F.pad((~x.isfinite().all(dim=1)).cumsum(0), (1, 0))  # (T + 1,) in all rows before this one
             ends = torch.searchsorted(batch.query_start, batch.logits_rows, right=True)  # (num_logits,)
             spoiled = faults[batch.query_start[ends]] > faults[batch.query_start[ends - 1]]
+            last[len(last) - batch.num_cut :] = 0.0  # what these rows predict may overflow: nobody asked for it
             last = last.masked_fill(spoiled[:, None], torch.nan)
         return self.head(self.ln_f(last))

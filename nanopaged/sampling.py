@@ -2,10 +2,11 @@
 
 An exponential race draws it. Token j arrives after E_j / p_j, where E_j is exponentially distributed and
 p_j is the token's probability; the first to arrive is token j with probability p_j. (The Gumbel-max trick,
-Maddison et al., 2014, is the logarithm of this.) E_j is a pure function of the request's seed, of how many
-tokens it has, and of j. So a token does not depend on other requests, a step that is repeated after a fault
-draws the same one again, and logits that another schedule has rounded differently change a token only
-where two tokens arrive at practically the same time.
+Maddison et al., 2014, is the logarithm of this. 31 random bits are enough for probabilities down to about
+1e-9.) E_j is a pure function of the request's seed, of how many tokens it has, and of j. So a token does
+not depend on other requests, a step that is repeated after a fault draws the same one again, and logits
+that another schedule has rounded differently change a token only where two tokens arrive at practically
+the same time.
 
 top_k and top_p keep the likeliest tokens. The race of the kept tokens is the same race without the
 others, so nothing is sorted: if the winner is not kept, then neither is any token that is no likelier;
@@ -48,7 +49,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         params = [requests[i].params for i in rows]
         bits = [hashed(requests[i].seed, requests[i].num_output_tokens) for i in rows]
         values = upload(torch.tensor([
-            rows, [p.temperature for p in params], [p.top_p for p in params],
+            rows, [p.temperature for p in params], [p.top_p if p.top_p < 1 else torch.inf for p in params],
             [(b & 0xFFFFFFFF) - 2**31 for b in bits], [(b >> 32) - 2**31 for b in bits],
         ], dtype=torch.float64), logits.device)  # (5, rows): a double holds every one of them exactly
         places = values[0].long()
@@ -62,7 +63,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
                 probs = scores.div_(temperature.float().clamp(min=1e-6)[:, None]).exp_()  # (rows, vocab)
                 speed = probs / exponentials(values[3:, chunk].int(), vocab_size)  # (rows, vocab)
                 filtered = top_k < vocab_size or has_top_p
-                drawn = _first_kept(speed, probs, top_k, top_p, has_top_p) if filtered else speed.argmax(dim=-1)
+                drawn = _first_kept(speed, probs, top_k, top_p) if filtered else speed.argmax(dim=-1)
                 token_ids.index_copy_(0, place, drawn)
             start = end
     return token_ids.masked_fill_(~likeliest.isfinite(), NOT_FINITE).tolist()
@@ -74,8 +75,7 @@ def sampling_bytes(num_rows: int, vocab_size: int, element_bytes: int, device_ty
     return vocab_size * (num_rows * element_bytes + at_once * BYTES_AT_ONCE)
 
 
-def _first_kept(speed: torch.Tensor, probs: torch.Tensor, top_k: int, top_p: torch.Tensor,
-                has_top_p: bool) -> torch.Tensor:
+def _first_kept(speed: torch.Tensor, probs: torch.Tensor, top_k: int, top_p: torch.Tensor) -> torch.Tensor:
     """The first of the kept tokens, (rows,); speed and probs are (rows, vocab), top_p is (rows,). Overwrites speed.
 
     A token is kept if fewer than `top_k` tokens are likelier, and if these have less than `top_p` of the mass of
@@ -88,7 +88,7 @@ def _first_kept(speed: torch.Tensor, probs: torch.Tensor, top_k: int, top_p: tor
     else:
         largest = probs
     # Summed in double: on a GPU the order of a sum may vary, and its rounding must not move the edge.
-    nucleus = top_p * largest.sum(dim=-1, dtype=torch.float64) if has_top_p else torch.inf  # (rows,)
+    nucleus = top_p * largest.sum(dim=-1, dtype=torch.float64)  # (rows,)
     while True:
         winner = speed.argmax(dim=-1, keepdim=True)  # (rows, 1)
         prob = probs.gather(1, winner)

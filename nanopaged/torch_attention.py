@@ -38,7 +38,7 @@ def write_kv_torch(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_ca
 
 def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: RaggedBatch,
                           scale: float) -> torch.Tensor:
-    """Causal attention of a ragged batch over its block tables, accumulated in float32.
+    """Causal attention of a ragged batch over its block tables, in float32; a NaN reaches only rows that see it.
 
     Grouped-query attention (Ainslie et al., 2023): with num_heads = group * num_kv_heads, query
     head h reads key-value head h // group.
@@ -47,8 +47,7 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
         q: (num_tokens, num_heads, head_dim), last dimension contiguous; float32, float16 or
             bfloat16. The rows of request i are query_start[i] .. query_start[i + 1] - 1.
         k_cache, v_cache: (num_blocks, num_kv_heads, block_size, head_dim), each block contiguous;
-            q's dtype. The K and V of this step's tokens are already in them. A row that sees a position
-            that is not finite is NaN; no other row is.
+            q's dtype. The K and V of this step's tokens are already in them.
         batch: whose rows these are, and where their contexts lie, see `RaggedBatch`.
         scale: multiplies the scores; 1 / sqrt(head_dim) in GPT-2.
 
@@ -70,27 +69,27 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
         k = k_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
         v = v_rows.index_select(0, gathered).view(1, num_kv_heads, -1, head_dim)[:, :, :length].float()
         rows = q[first:last].transpose(0, 1)[None].float()  # (1, num_heads, n, head_dim)
-        mask, faults = None, None
-        if n > 1 and not (k.sum() + v.sum()).isfinite():
-            k, v, faults = _without_faults(k, v)
+        mask = None
         if 1 < n < length:  # causal, counted from the context's end; torch's own is_causal counts from its beginning
             mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)  # (n, length)
-        result = F.scaled_dot_product_attention(rows, k, v, mask, is_causal=n == length > 1, scale=scale,
-                                                enable_gqa=True)  # (1, num_heads, n, head_dim)
-        if faults is not None:
-            result += faults[:, :, -n:].repeat_interleave(q.shape[1] // num_kv_heads, dim=1)
+        if n > 1 and not (k.sum() + v.sum()).isfinite():
+            result = _attend_around_faults(rows, k, v, scale)
+        else:
+            result = F.scaled_dot_product_attention(rows, k, v, mask, is_causal=n == length > 1, scale=scale,
+                                                    enable_gqa=True)  # (1, num_heads, n, head_dim)
         out[first:last] = result[0].transpose(0, 1).to(q.dtype)
     return out
 
 
-def _without_faults(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K and V, (1, num_kv_heads, length, head_dim), with zeros at positions that are not finite, and where these are.
-
-    A masked position has the weight 0, but 0 * nan is nan. The third result, (1, num_kv_heads, length, 1), is nan
-    for all positions that see a fault, and else 0.
-    """
-    faults = (k - k + v - v).sum(-1, keepdim=True)
-    return k.masked_fill(faults.isnan(), 0.0), v.masked_fill(faults.isnan(), 0.0), faults.cumsum(2)
+def _attend_around_faults(rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """For rows (1, num_heads, n, head_dim), where some K or V, (1, num_kv_heads, length, head_dim), is not finite."""
+    # A masked position has the weight 0, but 0 * nan is nan: V's faults are taken out, and added to rows that see them.
+    k, v = (x.repeat_interleave(rows.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    n, length = rows.shape[2], k.shape[2]
+    seen = torch.ones(n, length, dtype=torch.bool, device=k.device).tril(length - n)  # (n, length)
+    probs = (rows @ k.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    faults = (v - v).sum(-1, keepdim=True)  # nan at a fault, else 0
+    return probs @ v.masked_fill(faults.isnan(), 0.0) + faults.cumsum(2)[:, :, -n:]  # (1, num_heads, n, head_dim)
 
 
 TORCH = AttentionBackend(write_kv_torch, paged_attention_torch)

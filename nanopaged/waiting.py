@@ -32,7 +32,10 @@ def fcfs(request: Request) -> float:
 
 
 class PolicyError(RuntimeError):
-    """A policy raised an exception, which is this one's cause. The request or the step was not carried out."""
+    """A policy raised an exception, which is this one's cause. The request was not added, or the step not carried out.
+
+    Nothing is lost, but while an admission policy goes on raising, no step is: abort what waits, or repair the policy.
+    """
 
 
 def place_in(order: OrderPolicy, request: Request) -> float:
@@ -72,7 +75,7 @@ def admits(admission: AdmissionPolicy, context: AdmissionContext) -> bool:
     except Exception as error:
         raise PolicyError(f"the admission policy raised {error!r}; it is called with an AdmissionContext, whose fields "
                           f"are {', '.join(context._fields)}") from error
-    if isinstance(answer, bool) or getattr(answer, "dtype", None) == bool:  # numpy's too
+    if isinstance(answer, bool) or (getattr(answer, "dtype", None) == bool and answer.ndim == 0):  # numpy's too
         return bool(answer)
     raise TypeError(f"the admission policy must return True or False, got {shown(answer)}, for {context}")
 

@@ -148,7 +148,7 @@ def test_a_call_that_raises_or_is_interrupted_leaves_the_engine_open(monkeypatch
     assert llm.generate([[1]], GREEDY)[0].outputs[0].token_ids == continue_densely(MODEL, [1], GREEDY)
 
 
-def test_an_interrupt_just_before_or_after_the_method_leaves_the_object_open() -> None:
+def test_an_interrupt_just_before_the_method_leaves_the_object_open() -> None:
     class Counter(Exclusive):
         @alone
         def call(self) -> None:

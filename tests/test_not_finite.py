@@ -115,6 +115,28 @@ def test_logits_that_alone_overflow_end_the_request_too() -> None:
         assert_failed(output)
 
 
+@pytest.mark.parametrize("budget", [1, 4, 7])
+def test_what_a_row_that_is_not_sampled_predicts_may_overflow(budget: int) -> None:
+    """A chunk may end anywhere: whether it does must not decide whether the request fails."""
+
+    def finish_reasons(**options: object) -> list[str]:
+        llm = engine(MODEL, enable_prefix_caching=False, **options)
+        head = llm.model.head
+        empty = int(head(llm.model.ln_f.bias[None]).argmax())
+
+        def overflowing(x: torch.Tensor) -> torch.Tensor:  # for about half of the rows
+            logits = head(x)
+            return logits.masked_fill((logits.argmax(dim=1, keepdim=True) - empty) % 2 == 1, torch.inf)
+
+        llm.model.head = overflowing
+        prompts = [[7 * i % 61 for i in range(length)] for length in range(5, 25)]
+        params = SamplingParams(temperature=0.0, max_tokens=1)
+        return [output.outputs[0].finish_reason for output in llm.generate(prompts, params)]
+
+    wanted = finish_reasons()
+    assert finish_reasons(max_num_batched_tokens=budget) == wanted and set(wanted) == {"error", "length"}
+
+
 def test_a_prompt_on_which_float16_overflows_is_the_only_one_to_end() -> None:
     model = broken_model(1e5)
     assert all(output.outputs[0].error is None for output in engine(model).generate([LONG, SHORT], GREEDY))

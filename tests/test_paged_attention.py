@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, so shapes are tiny.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -75,7 +76,7 @@ def test_the_kernels_take_every_block_size(block_size: int) -> None:
 @pytest.mark.parametrize("lengths, query_lens, where", [
     ([30], [30], 20), ([40, 33], [1, 20], 25), ([5, 150], [5, 70], 120), ([5, 150], [5, 70], 60),
 ], ids=str)
-@pytest.mark.parametrize("place, value", [("k", float("nan")), ("v", float("nan")), ("v", float("inf"))])
+@pytest.mark.parametrize("place, value", [("k", math.nan), ("v", math.nan), ("v", math.inf), ("k", -math.inf)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_kernels_keep_a_position_that_is_not_finite_from_rows_that_do_not_see_it(
     lengths: list[int], query_lens: list[int], where: int, place: str, value: float, dtype: torch.dtype

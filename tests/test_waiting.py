@@ -122,7 +122,7 @@ def test_an_admission_policy_answers_with_a_bool(answer: object) -> None:
     assert admits(lambda context: answer, CONTEXT) is bool(answer)
 
 
-@pytest.mark.parametrize("answer", [None, 1, 0, "yes", [True], np.int64(1)], ids=repr)
+@pytest.mark.parametrize("answer", [None, 1, 0, "yes", [True], np.int64(1), np.array([True])], ids=repr)
 def test_an_admission_policy_that_returns_no_bool_is_told_what_it_returned_and_for_what(answer: object) -> None:
     with pytest.raises(TypeError, match="must return True or False, got .*, for AdmissionContext.pool=9, available=5,"):
         admits(lambda context: answer, CONTEXT)

@@ -16,7 +16,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nanopaged.bench.inputs import uniform_batch
 from nanopaged.bench.timing import copy_bandwidth, copy_seconds, device_name, num_input_sets, seconds
-from nanopaged.paged_attention import INTERPRETED, TRITON
+from nanopaged.paged_attention import INTERPRETED, TRITON, triton
 from nanopaged.progress import show_progress
 from nanopaged.report import table
 from nanopaged.torch_attention import TORCH, AttentionBackend
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     require_int("--block-size", args.block_size, 8, 256)
     shapes = [parse_shape(text) for text in args.shape or ()] or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
-    attention = TRITON if device.type == "cuda" and not INTERPRETED else TORCH
+    attention = TRITON if device.type == "cuda" and triton is not None and not INTERPRETED else TORCH
     bandwidth = copy_bandwidth(device)
     print(f"On {device_name(device)}; a large copy moves {bandwidth / 1e9:,.0f} GB/s, read and written.")
     if attention is TORCH:

@@ -84,7 +84,8 @@ class _Sizes(Listener):
         self.steps: list[StepSize] = []
 
     def stepped(self, step: Step) -> None:
-        self.steps.append(StepSize(step.computed_tokens, len(step.sampled), sum(step.starts) + step.computed_tokens))
+        self.steps.append(StepSize(step.computed_tokens, len(step.sampled) + len(step.cut),
+                                   sum(step.starts) + step.computed_tokens))
 
 
 def timed_steps(llm: LLM) -> Iterator[tuple[float, StepSize]]:

@@ -72,7 +72,7 @@ class DecodeGraphs:
         model, kv_cache: on a CUDA device; neither may move, or be replaced, afterwards.
         block_size, max_model_len: tokens in a block, and in the longest request.
         max_num_seqs: most requests in a step.
-        eager: computes the logits (num_sampled, vocab_size) of any step.
+        eager: computes the logits (num_logits, vocab_size) of any step.
         capture: records what a function does and returns what repeats it; None: a CUDA graph.
     """
 
@@ -82,14 +82,13 @@ class DecodeGraphs:
         self.table_width = blocks_for(max_model_len, block_size)
         self.sizes = batch_sizes(max_num_seqs)
         self.capture = capture or _CudaCapture(kv_cache.device)
-        # Of all sizes: what a recording writes inside its graph, the next one overwrites.
-        self.logits = kv_cache.new_empty(max_num_seqs, model.config.vocab_size)
+        self.logits: torch.Tensor | None = None  # of all sizes: one graph overwrites what another has left inside
         # Batch size -> its inputs, and what computes their logits; None where a recording failed.
         self.recorded: dict[int, tuple[Batch, Compute] | None] = {}
 
     @torch.inference_mode()
     def __call__(self, step: Step) -> torch.Tensor:
-        """Logits (num_sampled, vocab_size); valid until the next call."""
+        """Logits (num_logits, vocab_size); valid until the next call."""
         num_requests = len(step.requests)
         size = self.sizes[bisect_left(self.sizes, num_requests)]
         if not is_decode(step) or self.recorded.get(size, ()) is None:
@@ -109,6 +108,8 @@ class DecodeGraphs:
 
     def _record(self, size: int, inputs: Batch) -> tuple[Batch, Compute] | None:
         try:
+            if self.logits is None:
+                self.logits = self.kv_cache.new_empty(self.sizes[-1], self.model.config.vocab_size)
             return inputs, self.capture(lambda: self.logits[:size].copy_(self.model(inputs, self.kv_cache, TRITON)))
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             logger.warning("decode steps of %d requests will be launched from Python, since recording a CUDA graph "
@@ -125,8 +126,11 @@ class _CudaCapture:
         self.stream = torch.cuda.Stream(device)  # torch's own is one for all devices
 
     def __call__(self, compute: Compute) -> Compute:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the user's program may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            compute()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.stream.device)
+        try:
+            # Other threads of the user's program may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                compute()
+        finally:
+            torch.cuda.set_stream(before)  # torch leaves its own set if a recording fails at its end
         return graph.replay

@@ -53,7 +53,7 @@ class Tokenizer:
     Attributes:
         vocab_size: how many ids there are: from 0 up, each with a text.
         eos_token_id: the id of `<|endoftext|>`; None for an encoding without it.
-        longest_token: the bytes of its longest token, special ones too: a text of more than
+        longest_token: the bytes of its longest token, special ones aside: a text of more than
             n * longest_token characters has more than n tokens.
 
     Raises ValueError for an encoding with gaps in its ids, as cl100k_base has: a model may draw any id.
@@ -63,8 +63,7 @@ class Tokenizer:
         self._encoding = encoding
         self.vocab_size: int = encoding.n_vocab
         self.eos_token_id: int | None = encoding.eot_token if "<|endoftext|>" in encoding.special_tokens_set else None
-        texts = encoding.token_byte_values() + [name.encode() for name in encoding.special_tokens_set]
-        self.longest_token: int = max(map(len, texts))
+        self.longest_token: int = max(map(len, encoding.token_byte_values()))
         try:
             encoding.decode_bytes(range(self.vocab_size))  # in one call: several times as fast as one by one
         except KeyError as error:  # of the first id without a text

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,13 +205,34 @@ def test_other_threads_may_use_the_gpu_while_a_graph_is_recorded(monkeypatch: py
         given.update(options, graph=made)
         return nullcontext()
 
-    for name, stand_in in (("graph_pool_handle", lambda: "pool"), ("Stream", lambda device: "stream"),
-                           ("CUDAGraph", Graph), ("graph", graph)):
+    stream = SimpleNamespace(device=torch.device("cuda"))
+    for name, stand_in in (("graph_pool_handle", lambda: "pool"), ("Stream", lambda device: stream),
+                           ("CUDAGraph", Graph), ("graph", graph), ("current_stream", lambda device: "before"),
+                           ("set_stream", lambda stream: None)):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     computed = []
     assert cuda_graphs._CudaCapture(torch.device("cuda"))(lambda: computed.append(1)) == "replay" and computed == [1]
     assert given.pop("graph").__class__ is Graph
-    assert given == {"pool": "pool", "stream": "stream", "capture_error_mode": "thread_local"}
+    assert given == {"pool": "pool", "stream": stream, "capture_error_mode": "thread_local"}
+
+
+def test_a_recording_that_fails_at_its_end_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins: torch's graph puts the stream back only if the recording ends well."""
+    streams = ["the user's"]
+
+    @contextmanager
+    def graph(made: object, stream: object, **_: object) -> Iterator[None]:
+        streams.append(stream)
+        yield
+        raise RuntimeError("the recording was invalidated")
+
+    for name, stand_in in (("graph_pool_handle", lambda: "pool"), ("CUDAGraph", object), ("graph", graph),
+                           ("Stream", lambda device: SimpleNamespace(device=device)),
+                           ("current_stream", lambda device: streams[-1]), ("set_stream", streams.append)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        cuda_graphs._CudaCapture(torch.device("cuda"))(lambda: None)
+    assert streams[-1] == "the user's" and len(streams) == 3
 
 
 def test_steps_with_prompts_in_them_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +263,9 @@ def test_a_recording_made_in_inference_mode_can_be_replayed_outside_of_it(monkey
 def test_memory_is_reserved_for_a_step_and_for_the_recordings_where_steps_are_recorded(
     attention: object, options: dict[str, object], recordings: int
 ) -> None:
-    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=512, **options)
+    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=5, **options)  # with n=8, one row is sampled 8 times
     reserved = reserved_bytes(config, MODEL, torch.device("cuda"), attention)
-    assert reserved == 16 * 512 * TINY.n_embd * 4 + sampling_bytes(8, 61, 4, "cuda") + recordings
+    assert reserved == 16 * 5 * TINY.n_embd * 4 + sampling_bytes(8, 61, 4, "cuda") + recordings
     assert reserved_bytes(config, MODEL, CPU, attention) == 0
 
 
