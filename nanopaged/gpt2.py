@@ -1,4 +1,4 @@
-"""What is GPT-2, over a ragged batch?
+"""What is GPT-2: once plainly, and once over a ragged batch with a paged cache?
 
 OpenAI's architecture (Radford et al., 2019): learned positions, LayerNorm before each sublayer
 (pre-norm), GELU by its tanh approximation, and the token embedding used again as the output head.

@@ -32,9 +32,9 @@ BYTES_AT_ONCE = 32  # for each of them, at most: 25 were measured on a CPU
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """One token for each row of `logits`, (num_rows, vocab_size) of any float dtype; NOT_FINITE if a row has none.
+    """One token for each row of `logits`, (num_rows, vocab_size) of any float dtype; NOT_FINITE if a row is not finite.
 
-    Row i is sampled with the parameters and seed of `requests[i]`. What a draw needs goes up in one copy. The host
+    Row i is sampled with the parameters and seed of `requests[i]`, which go to the device in one copy. The host
     waits for the device where it reads the ids back, and, if rows have filters, until each race has a winner.
     """
     vocab_size = logits.shape[1]
@@ -82,7 +82,7 @@ def _first_kept(speed: torch.Tensor, probs: torch.Tensor, top_k: int, top_p: tor
     the `top_k` likeliest ones. Of equally likely tokens the one with the lower id counts as likelier.
     """
     ids = torch.arange(probs.shape[1], device=probs.device)
-    if top_k < probs.shape[1]:  # a shortcut: these would all have to lose a race
+    if top_k < probs.shape[1]:  # not needed, but faster than taking out one winner after another
         largest = probs.topk(top_k, dim=-1, sorted=False).values  # (rows, top_k)
         speed.masked_fill_(probs < largest.amin(dim=-1, keepdim=True), 0.0)
     else:

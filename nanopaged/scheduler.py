@@ -117,9 +117,9 @@ class Scheduler:
         return True
 
     def _make_room(self, request: Request, end: int, step: Step) -> bool:
-        """Makes a table writable up to position `end`; the last ones give way. False: the request gave way itself."""
+        """Makes a table writable up to position `end`; the last running requests give way. False: this one did too."""
         allocator, table = self.allocator, request.block_table
-        missing = max(0, blocks_for(end, self.block_size) - len(table))  # a plan that was not carried out took some
+        missing = max(0, blocks_for(end, self.block_size) - len(table))  # some are there, if an earlier step failed
         while allocator.num_available < missing + self._shares_tail(request):
             last = self.running.pop()
             self._preempt(last, step)
@@ -227,7 +227,7 @@ class Scheduler:
                 request.metrics.recomputed_tokens += again
                 step.recomputed_tokens += again
             tail, filled = divmod(end, block_size)
-            if num_tokens > filled:  # it has reached the ends of blocks
+            if num_tokens > filled:  # its tokens do not all lie in the last block: those before it are full
                 for i in range(start // block_size, tail):
                     allocator.fill(request.block_table[i], block_size)
                     self._publish(request, i)

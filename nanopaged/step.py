@@ -49,7 +49,7 @@ class Step:
     cut: list[int] = field(default_factory=list)  # requests, by number, that the budget lets compute only a part
     leaders: list[Request] = field(default_factory=list)  # their followers start with this step
     computed_tokens: int = 0
-    # Since the step that was recorded last; a plan that was not carried out has its part in it.
+    # What has happened since the last step that was recorded, by the plans of steps that failed too.
     moves: list[BlockMove] = field(default_factory=list)  # made before the step is computed
     admitted: list[Admission] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)

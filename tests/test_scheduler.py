@@ -20,8 +20,8 @@ from nanopaged.invariants import InvariantError
 from nanopaged.request import Request, RequestStatus
 from nanopaged.sampling_params import SamplingParams
 from nanopaged.scheduler import Scheduler
-from nanopaged.step import BlockMove, Listener, Step
-from nanopaged.waiting import AdmissionContext, AdmissionPolicy, OrderPolicy, fcfs, watermark
+from nanopaged.step import Admission, BlockMove, Listener, Step
+from nanopaged.waiting import AdmissionContext, AdmissionPolicy, OrderPolicy, TooManyWaiting, fcfs, watermark
 from tests.recount import assert_consistent, assert_nothing_is_held, assert_writes_are_exclusive
 
 VOCABULARY = 50
@@ -160,7 +160,7 @@ def random_order(rng: random.Random) -> OrderPolicy:
 def random_admission(rng: random.Random) -> AdmissionPolicy:
     """So is any admission that lets a request into an empty pool."""
     return rng.choice([watermark(rng.choice([0.0, 0.0, 0.05, 0.3, 1.0])), lambda context: True,
-                       lambda context: not context.committed or context.committed + context.full <= context.pool,
+                       lambda context: context.committed + context.full <= context.pool,
                        lambda context: context.prompt == 0 or rng.random() < 0.5])
 
 
@@ -457,6 +457,29 @@ def test_an_invalid_argument_of_the_scheduler_is_named(
         Scheduler(BlockAllocator(8, 4), **{**arguments, name: value})
 
 
+def test_the_smallest_values_are_enough_to_serve_a_request() -> None:
+    scheduler = Scheduler(BlockAllocator(1, 1), 1, 1, max_model_len=2, max_waiting=1)
+    request = Request("0", [1], SamplingParams())
+    scheduler.add(request)
+    scheduler.update(scheduler.schedule(), {request: 2})
+    assert (request.token_ids, request.finish_reason) == ([1, 2], "length")
+
+
+def test_a_request_too_many_is_refused_until_one_leaves_the_queue() -> None:
+    engine = Engine(seats=1)
+    engine.scheduler.max_waiting = 2
+    engine.add([1])
+    engine.add([2])
+    with pytest.raises(TooManyWaiting, match="2 requests wait already, max_waiting is 2"):
+        engine.add([3])
+    assert len(engine.waiting) == 2
+    engine.step()
+    assert engine.scheduler.queue_is_full() is False
+    engine.add([4])
+    assert engine.scheduler.queue_is_full() is True
+    assert engine.run() == [continuation([token], 4) for token in (1, 2, 4)]
+
+
 # How a request ends.
 
 
@@ -537,6 +560,15 @@ def test_a_prompt_that_is_cached_to_its_last_token_still_computes_that_token(blo
     assert engine.step().num_tokens == [computed]
     assert again.metrics.prefix_hit_tokens == 8 - computed
     assert engine.run() == [continuation(prompt_of(8), 2)] * 2
+
+
+def test_an_admission_tells_what_is_known_and_what_was_found() -> None:
+    engine = Engine()
+    engine.add(prompt_of(8))
+    engine.run()
+    request = engine.add(prompt_of(11))
+    admission = Admission(request, known_tokens=11, hit_tokens=8, restored_tokens=0, is_first=True)
+    assert engine.step().admitted == [admission]
 
 
 def test_common_prefixes_are_stored_once_even_if_computed_in_the_same_step() -> None:
@@ -848,8 +880,9 @@ def random_mixture(seed: int, abandon: bool) -> Counter[str]:
     while scheduler.has_unfinished() or work:
         while work and rng.random() < 0.5:
             prompt, max_tokens, stop = work.pop()
+            fitting = allocator.num_blocks // -(-(len(prompt) + max_tokens - 1) // size)  # under any policy
             first = engine.add(prompt, max_tokens, rng.randint(0, 2), stop_token_ids=stop,
-                               n=min(seats, rng.choice([1, 1, 1, 2, 3])))
+                               n=min(seats, fitting, rng.choice([1, 1, 2, 3])))
             for i, member in enumerate([first, *first.followers]):
                 expected[member] = continuation(prompt, max_tokens, stop, i)
         if not scheduler.has_unfinished():
