@@ -17,19 +17,21 @@ def exponentials(keys: torch.Tensor, vocab_size: int) -> torch.Tensor:
     Integer arithmetic makes their bits the same on every machine; only the logarithm may be rounded differently.
     """
     ids = torch.arange(vocab_size, dtype=torch.int32, device=keys.device)
-    bits = _scramble(_scramble(ids + keys[0, :, None]).bitwise_xor_(keys[1, :, None]))
-    return exponential(bits)
+    bits = _mix(_mix(ids + keys[0, :, None]).bitwise_xor_(keys[1, :, None]))  # (rows, vocab_size)
+    return exponential(_fold(bits, 16))
 
 
-def _scramble(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of 32 bits in which every input bit moves every output bit, in place.
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """One round of a hash, in place: a bijection of 32 bits; a product moves bits up, a fold moves them down.
 
-    Multiply and xorshift, with the constants of Wellons' lowbias32 (Prospecting for Hash Functions, 2018). int32
-    products wrap around; its shifts copy the sign, which the masks take away again.
+    The constants are those of Wellons' lowbias32 (Prospecting for Hash Functions, 2018). int32 products wrap around.
     """
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1)).mul_(factor)
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    return _fold(_fold(x, 16).mul_(0x7FEB352D), 15).mul_(0x846CA68B - 2**32)
+
+
+def _fold(x: torch.Tensor, shift: int) -> torch.Tensor:
+    """x ^ (x >> shift), in place. int32's shift copies the sign; the mask takes the copies away."""
+    return x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (32 - shift) - 1))
 
 
 def exponential(bits: torch.Tensor) -> torch.Tensor:
@@ -37,5 +39,5 @@ def exponential(bits: torch.Tensor) -> torch.Tensor:
 
     Positive and finite for every bit pattern. Near 0, where races are won, it is as fine as the bits, 2**-31.
     """
-    u = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
-    return u.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()  # the largest float32 below 1
+    minus_u = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(-(2.0**-31))
+    return minus_u.clamp_(min=2.0**-24 - 1).log1p_().neg_()  # the largest float32 below 1
