@@ -51,7 +51,7 @@ class Listed(NamedTuple):
     why: str
 
 
-SCHEDULER = "nanopaged/scheduler.py"
+SAMPLING, SCHEDULER = "nanopaged/sampling.py", "nanopaged/scheduler.py"
 
 # The behaviour is the same.
 EQUIVALENT: list[Listed] = [
@@ -63,6 +63,31 @@ EQUIVALENT: list[Listed] = [
            'BlockAllocator(require_int("swap_blocks", swap_blocks, 1), self.block_size, False)',
            'BlockAllocator(require_int("swap_blocks", swap_blocks, 1), self.block_size, True)',
            "no block of the swap space is published"),
+    Listed(SAMPLING, "", "NOT_FINITE = -1", "NOT_FINITE = -2", "no negative number is a token id"),
+    Listed(SAMPLING, "", "BYTES_AT_ONCE = 32", "BYTES_AT_ONCE = 31", "a reserve, above the 25 that are needed"),
+    Listed(SAMPLING, "", "BYTES_AT_ONCE = 32", "BYTES_AT_ONCE = 33", "a reserve, above the 25 that are needed"),
+    Listed(SAMPLING, "", "2**19", "2*19", "fewer rows at once"),
+    Listed(SAMPLING, "", '{"cpu": 2**19, "cuda": 2**24}', '{"cpu": 3**19, "cuda": 2**24}', "more rows at once"),
+    Listed(SAMPLING, "sample.filters", "0 < params.top_k < vocab_size", "0 < params.top_k <= vocab_size",
+           "keeps all tokens too"),
+    Listed(SAMPLING, "sample.filters", "params.top_p < 1", "params.top_p <= 1", "keeps all tokens too, slower"),
+    Listed(SAMPLING, "sample.filters", "params.top_p < 1", "params.top_p < 2", "keeps all tokens too, slower"),
+    Listed(SAMPLING, "sample", "p.top_p < 1", "p.top_p <= 1", "keeps all tokens too"),
+    Listed(SAMPLING, "sample", "AT_ONCE[logits.device.type] // vocab_size", "AT_ONCE[logits.device.type] * vocab_size",
+           "more rows at once"),
+    Listed(SAMPLING, "sample", "top_k < vocab_size", "top_k <= vocab_size", "keeps all tokens too, slower"),
+    Listed(SAMPLING, "sample", "p.top_p if p.top_p < 1 else torch.inf", "p.top_p if p.top_p < 2 else torch.inf",
+           "keeps all tokens too"),
+    Listed(SAMPLING, "sample", "max(1, AT_ONCE[logits.device.type] // vocab_size)",
+           "max(2, AT_ONCE[logits.device.type] // vocab_size)", "two rows at once instead of one"),
+    Listed(SAMPLING, "sample", "min(i + size, end)", "max(i + size, end)", "rows are drawn again by the next group"),
+    Listed(SAMPLING, "sample", "token_ids.index_copy_(0, place, drawn)", "token_ids.index_copy_(-1, place, drawn)",
+           "it has one dimension"),
+    Listed(SAMPLING, "_first_kept", "top_k < probs.shape[1]", "top_k <= probs.shape[1]", "keeps all tokens too, slower"),
+    Listed(SAMPLING, "_first_kept", "probs.topk(top_k, dim=-1, sorted=False)", "probs.topk(top_k, dim=-1, sorted=True)",
+           "slower"),
+    Listed(SAMPLING, "_first_kept", "speed.masked_fill_(probs < largest.amin(dim=-1, keepdim=True), 0.0)", "pass",
+           "slower"),
     Listed(SCHEDULER, "Scheduler.schedule", "if step.budget == 0 or not self._plan(request, step): ...",
            "if step.budget == 0 or not self._plan(request, step): pass",
            "the others get no budget either, or there are none: only the last gives way itself"),

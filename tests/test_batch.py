@@ -93,7 +93,7 @@ def test_the_flat_tensor_and_the_sizes_are_enough_to_make_the_batch_again() -> N
     batch = batch_of((request([1, 2, 3], [0]), 0, 3), (request([4] * 9, [3, 1, 2], followers=1), 8, 1))
     again = Batch(batch.flat.clone(), len(batch.token_ids), len(batch.seq_lens), len(batch.logits_rows),
                   batch.num_decodes)
-    assert again.num_decodes == batch.num_decodes == 1
+    assert again.num_decodes == batch.num_decodes == 1 and again.num_cut == batch.num_cut == 0
     for name in ("token_ids", "positions", "slots", "query_start", "seq_lens", "logits_rows", "block_tables"):
         assert torch.equal(getattr(again, name), getattr(batch, name)), name
 

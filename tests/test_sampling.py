@@ -80,6 +80,10 @@ def test_temperature_zero_takes_the_likeliest_token_with_any_filters(seed: int) 
     assert sample(logits, batch) == logits.argmax(dim=1).tolist(), f"seed {seed}"
 
 
+def test_temperature_zero_takes_the_lowest_id_of_equals_whatever_the_seed() -> None:
+    assert sample(torch.zeros(50, 7), requests(50, temperature=0)) == [0] * 50
+
+
 def test_a_step_that_samples_nothing_gives_no_tokens() -> None:
     assert sample(torch.empty(0, 101), []) == []
 

@@ -86,7 +86,7 @@ def test_a_padded_batch_repeats_its_last_request(num_requests: int, size: int, t
     width = batch.block_tables.shape[1]
     assert result.block_tables.shape == (size, table_width) and not result.block_tables[:, width:].any()
     assert torch.equal(result.block_tables[:, :width], batch.block_tables[source])
-    assert result.num_decodes == size and result.flat.dtype == torch.int32
+    assert result.num_decodes == size and result.num_cut == 0 and result.flat.dtype == torch.int32
 
 
 def test_all_batches_of_one_size_have_the_same_shapes() -> None:
