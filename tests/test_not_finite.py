@@ -44,7 +44,7 @@ def assert_failed(output: RequestOutput, num_tokens: int = 0) -> None:
 @pytest.mark.parametrize("options", [
     {}, {"max_num_batched_tokens": 3}, {"num_blocks": 5, "admission": whatever_fits}, {"preemption": "swap"},
     {"max_num_seqs": 1}, {"enable_prefix_caching": False},
-], ids=str)
+], ids=["default", "small budget", "small pool", "swap", "one at a time", "no caching"])
 def test_a_bad_request_ends_with_an_error_and_all_others_get_their_tokens(
     options: dict[str, object], value: float
 ) -> None:
