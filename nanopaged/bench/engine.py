@@ -83,7 +83,7 @@ class Floor:
 
     def seconds(self, size: StepSize, step: int) -> float:
         """Of a step; if it has as many rows as the one before, its products are timed every other time."""
-        rows = size.tokens, size.sampled
+        rows = size.tokens, size.logits_rows
         if rows != self.timed or step % 2 == 0:
             self.timed, self.products_s = rows, self._products(*rows)
         return self.products_s + size.context * self.kv_token_bytes / self.bytes_per_s
@@ -241,12 +241,10 @@ def _prefix_sharing(model: GPT2, count: int, args: argparse.Namespace) -> dict[s
     for sharing in (True, False):
         llm = _engine(model, work, compile=False, sharing=sharing)
         _send(llm, work)
-        done = 0
         for step_seconds, size in timed_steps(llm):
             seconds[sharing] += step_seconds
             computed[sharing] += size.tokens
-            done += size.sampled
-            show_progress(f"sharing {'on' if sharing else 'off'}: {done} of {count} first tokens")
+            show_progress(f"sharing {'on' if sharing else 'off'}: {llm.stats().num_finished} of {count} first tokens")
         rows.append(["on" if sharing else "off", seconds[sharing], computed[sharing],
                      1000 * seconds[sharing] / computed[sharing]])
     show_progress("")

@@ -75,7 +75,7 @@ class StepSize(NamedTuple):
     """How much a step of the engine computed."""
 
     tokens: int
-    sampled: int  # rows of logits
+    logits_rows: int
     context: int  # tokens whose K and V each layer reads; a shared block counts for each of its holders
 
 

@@ -38,9 +38,9 @@ def test_a_copy_of_some_bytes_reads_half_of_them_and_writes_the_others(monkeypat
 def test_each_step_of_the_engine_is_timed_and_its_size_noted() -> None:
     llm = tiny_llm(max_num_batched_tokens=10)
     listeners = list(llm.scheduler.listeners)
-    llm.add_request([1] * 12, GREEDY)  # 10 tokens, then 2; and then one in each step
+    llm.add_request([1] * 12, GREEDY)  # 10 tokens (whose last row is checked), then 2; then one in each step
     llm.add_request([2] * 8, GREEDY)  # 8 tokens beside the 2; its last token comes one step later
     steps = list(timing.timed_steps(llm))
-    assert [size for _, size in steps] == [(10, 0, 10), (10, 2, 12 + 8), *((2, 2, 20 + 2 * i) for i in range(1, 8))]
+    assert [size for _, size in steps] == [(10, 1, 10), (10, 2, 12 + 8), *((2, 2, 20 + 2 * i) for i in range(1, 8))]
     assert all(seconds > 0 for seconds, _ in steps)
     assert not llm.has_unfinished_requests() and llm.scheduler.listeners == listeners
