@@ -3,51 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
-import select
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from nanopaged import progress
 from nanopaged.outputs import SchedulerStats
 from nanopaged.progress import Progress, show_progress, time_left
-
-ROOT = Path(__file__).parents[1]
-# A shell starts background jobs with SIGINT ignored, and a child inherits that, but not a handler of Python's.
-HEED_SIGINT = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-RUN = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # so that its Ctrl-C is a signal
-
-
-def in_terminal(*command: str, ctrl_c_at: str | None = None) -> tuple[int, str]:
-    """The status of `python COMMAND` in a pseudo-terminal, and all that was written to it.
-
-    Ctrl-C is pressed when `ctrl_c_at` has been written.
-    """
-    pty = pytest.importorskip("pty", reason="there are no pseudo-terminals on this system")
-    keyboard, terminal = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", HEED_SIGINT + OWN_TERMINAL + RUN, *command], cwd=ROOT,
-                               stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
-    os.close(terminal)
-    written = b""
-    try:
-        while select.select([keyboard], [], [], 120)[0]:
-            try:
-                written += os.read(keyboard, 65536)
-            except OSError:  # the process has closed it
-                break
-            if ctrl_c_at is not None and ctrl_c_at.encode() in written:
-                os.write(keyboard, b"\x03")
-                ctrl_c_at = None
-        assert ctrl_c_at is None, f"{ctrl_c_at!r} was never written: {written.decode()}"
-        return process.wait(60), written.decode()
-    finally:
-        process.kill()
-        process.wait()
-        os.close(keyboard)
 
 
 class Terminal(io.StringIO):
