@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -21,12 +22,14 @@ import torch  # noqa: E402
 from tests.crowds import check_every_plan, members_of  # noqa: E402
 from tests.faults import step_with_fault  # noqa: E402
 from tests.oracle import TINY, assert_dense_continuation, tiny_model  # noqa: E402
+from tests.recordings import recorded  # noqa: E402
 from tests.recount import assert_consistent, assert_nothing_is_held  # noqa: E402
 
 from nanopaged import LLM, SamplingParams, TooManyWaiting  # noqa: E402
 from nanopaged.gpt2 import GPT2  # noqa: E402
 from nanopaged.request import Request  # noqa: E402
 from nanopaged.sampling_params import continuation_seed, hashed  # noqa: E402
+from nanopaged.scheduler import Scheduler  # noqa: E402
 from nanopaged.waiting import AdmissionContext  # noqa: E402
 
 
@@ -78,13 +81,21 @@ def random_work(rng: random.Random) -> list[tuple[list[int], SamplingParams]]:
             for _ in range(rng.randint(2, 8))]
 
 
-def run_scenario(seed: int) -> Counter[str]:
-    """Runs one scenario and checks all that must hold, at every step; returns what happened how often."""
+def run_scenario(seed: int, folder: Path) -> Counter[str]:
+    """Runs one scenario and checks all that must hold, at every step; returns what happened how often.
+
+    If something does not hold, a recording of the run is in the folder.
+    """
     rng = random.Random(seed)
     work = random_work(rng)
     model, is_broken = rng.randrange(3), rng.random() < 0.2
     llm = random_engine(rng, (BROKEN_MODELS if is_broken else MODELS)[model], work)
-    where = f"in the scenario of seed {seed}"
+    with recorded(llm, folder):
+        return check_scenario(rng, llm, work, model, is_broken, f"in the scenario of seed {seed}")
+
+
+def check_scenario(rng: random.Random, llm: LLM, work: list[tuple[list[int], SamplingParams]], model: int,
+                   is_broken: bool, where: str) -> Counter[str]:
     check_every_plan(llm.scheduler, where)
     pending = list(range(len(work)))
     ids: dict[str, int] = {}
@@ -149,11 +160,11 @@ def run_scenario(seed: int) -> Counter[str]:
     return happened
 
 
-def run_scenarios(first: int, number: int) -> Counter[str]:
+def run_scenarios(first: int, number: int, folder: Path) -> Counter[str]:
     happened: Counter[str] = Counter()
     for seed in range(first, first + number):
         try:
-            happened += run_scenario(seed)
+            happened += run_scenario(seed, folder)
         except Exception as error:
             error.add_note(f"in the scenario of seed {seed}")
             raise
@@ -161,14 +172,31 @@ def run_scenarios(first: int, number: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize("first", range(0, 300, 50))
-def test_a_requests_tokens_depend_on_nothing_but_itself(first: int) -> None:
-    happened = run_scenarios(first, 50)
+def test_a_requests_tokens_depend_on_nothing_but_itself(first: int, tmp_path: Path) -> None:
+    happened = run_scenarios(first, 50, tmp_path)
     for what in ("preemptions", "swapped_in_tokens", "recomputed_tokens", "hits", "faults", "refused",
                  "errors", "abort while running", "abort while waiting", "out of order of arrival",
                  "watermark", "reserve", "greedy", "half_of_what_is_available",
                  "fcfs", "priority", "shortest", "any_order"):
         assert happened[what] > 0, f"seeds {first} to {first + 49} never had {what}: {happened}"
     assert happened["forgiven"] <= happened["tokens"] // 1000, happened
+
+
+def test_a_scenario_that_fails_leaves_its_recording_up_to_the_failure(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    recording = pytest.importorskip("nanopaged.show.recording")
+    checks = []
+
+    def fails_in_the_end(scheduler: Scheduler, where: str) -> None:
+        checks.append(scheduler.stats.num_steps)
+        assert len(checks) < 9, where
+
+    monkeypatch.setitem(globals(), "assert_consistent", fails_in_the_end)
+    with pytest.raises(AssertionError, match="in the scenario of seed 7"):
+        run_scenarios(7, 1, tmp_path)
+    path = tmp_path / "run.jsonl"
+    assert str(path) in capsys.readouterr().out
+    assert sum(line.get("recorded", False) for line in recording.read(str(path))) == checks[-1] > 0
 
 
 def main() -> None:
@@ -178,9 +206,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     happened: Counter[str] = Counter()
-    end = arguments.first_seed + arguments.count
+    end, folder = arguments.first_seed + arguments.count, Path(tempfile.mkdtemp())
     for first in range(arguments.first_seed, end, 100):
-        happened += run_scenarios(first, min(100, end - first))
+        happened += run_scenarios(first, min(100, end - first), folder)
         print(f"\rseed {first}: {dict(happened)}", end="", flush=True)
     print(f"\n{arguments.count} scenarios, no difference: {dict(happened)}")
 

@@ -26,6 +26,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial, wraps
 
@@ -101,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="share of the blocks that the policy of this name keeps free (default: %(default)s)")
     paged.add_argument("--swap-blocks", type=int, default=0, help="blocks of CPU memory for preempted requests; "
                        "copying takes no time here (default: %(default)s)")
+    paged.add_argument("--record", metavar="FILE", help="write each step of the paged server here, for "
+                       "python -m nanopaged.show")
     paged.add_argument("--sweep", choices=["block-size", "pool"], help="compare many block sizes, or pools, instead")
     seconds = parser.add_argument_group("seconds of a step")
     seconds.add_argument("--fixed-s", type=float, default=cost.fixed_s, help="of every step (default: %(default)s)")
@@ -121,16 +124,17 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     servers = {label: make(*server) for label, server in chosen_servers(args).items()}
     start, results = time.perf_counter(), {}
     summary = summarize(partial(fitting, trace, servers, args))  # all of it fits, or nothing is simulated
-    for i, (label, server) in enumerate(servers.items()):
-        def progress(finished: int) -> None:
-            share = (i + finished / summary.requests) / len(servers)
-            show_progress(f"{label}: {finished:,} of {summary.requests:,} requests; "
-                          f"all: {time_left(share, time.perf_counter() - start)}")
+    with recording(args, servers):
+        for i, (label, server) in enumerate(servers.items()):
+            def progress(finished: int) -> None:
+                share = (i + finished / summary.requests) / len(servers)
+                show_progress(f"{label}: {finished:,} of {summary.requests:,} requests; "
+                              f"all: {time_left(share, time.perf_counter() - start)}")
 
-        try:
-            results[label] = simulate(trace, summary.last_arrival_s, server, clock, cost, progress)
-        except PolicyError as error:  # for the user to fix: one line, no traceback
-            raise error.__cause__ if isinstance(error.__cause__, WrongAnswer) else ValueError(error) from error
+            try:
+                results[label] = simulate(trace, summary.last_arrival_s, server, clock, cost, progress)
+            except PolicyError as error:  # for the user to fix: one line, no traceback
+                raise error.__cause__ if isinstance(error.__cause__, WrongAnswer) else ValueError(error) from error
     wall_s = time.perf_counter() - start
     show_progress("")
     print(f"{summary.requests:,} requests in {summary.last_arrival_s - summary.first_arrival_s:,.0f} s, of "
@@ -154,7 +158,7 @@ def unlike_the_paper(args: argparse.Namespace) -> list[str]:
     paper = parser.parse_args([])
     chosen_trace(paper), chosen_servers(paper)  # settle what depends on others
     return [flag(name) for name, value in vars(paper).items()
-            if name not in ("seed", "servers", "contiguous") and getattr(args, name) not in (None, value)]
+            if name not in ("seed", "servers", "contiguous", "record") and getattr(args, name) not in (None, value)]
 
 
 def chosen_trace(args: argparse.Namespace) -> Trace:
@@ -171,7 +175,7 @@ def chosen_trace(args: argparse.Namespace) -> Trace:
 def chosen_servers(args: argparse.Namespace) -> dict[str | int, tuple[str, int, int]]:
     """By the first cell of its row in the tables: (name, slots, block size)."""
     if args.sweep:
-        refuse_beside(args, f"--sweep {args.sweep}", "servers", "contiguous")
+        refuse_beside(args, f"--sweep {args.sweep}", "servers", "contiguous", "record")
     if args.sweep == "block-size":
         refuse_beside(args, "--sweep block-size", "block_size")
         return {size: ("paged", args.slots, size) for size in BLOCK_SIZES}
@@ -179,6 +183,9 @@ def chosen_servers(args: argparse.Namespace) -> dict[str | int, tuple[str, int, 
     if args.sweep == "pool":
         return {int(share * args.slots): ("paged", int(share * args.slots), args.block_size) for share in POOL_SHARES}
     settle(args, servers=["paged", *RESERVATIONS], contiguous="first-fit")
+    if args.record is not None and "paged" not in args.servers:
+        raise ValueError("--record writes what the paged server does, and --servers has only "
+                         f"{', '.join(args.servers)}: add paged")
     return {name: (name, args.slots, args.block_size) for name in args.servers}
 
 
@@ -208,6 +215,17 @@ def chosen_order(args: argparse.Namespace) -> OrderPolicy:
     if args.order in ORDERS:
         return order_by_name(args.order)
     return own_policy("--order", args.order, ORDERS, partial(require_number, minimum=-math.inf))
+
+
+def recording(args: argparse.Namespace, servers: dict[str | int, Server]) -> AbstractContextManager[object]:
+    """Of the paged server, if one was asked for. Its file is opened before anything is simulated."""
+    if args.record is None:
+        return nullcontext()
+    if not has_folder("show"):
+        raise ValueError("--record needs the folder nanopaged/show/, which is missing: restore it")
+    from nanopaged.show.recording import record
+
+    return record(servers["paged"], args.record, text=False)  # prompts have no words here
 
 
 class WrongAnswer(ValueError):

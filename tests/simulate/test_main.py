@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.test_progress import in_terminal
+from tests.terminal import in_terminal
 
 from nanopaged import report
 from nanopaged.simulate import __main__ as command_line
@@ -157,7 +157,8 @@ def test_a_request_that_just_fits_is_served(tmp_path: Path) -> None:
     (["--trace", "a"], ["--dataset", "alpaca"]), (["--trace", "a"], ["--requests", "2000"]),
     (["--trace", "a"], ["--rate", "0.8"]), (["--trace", "a"], ["--shared-prefix", "0"]),
     (["--trace", "a"], ["--seed", "0"]), (["--sweep", "pool"], ["--servers", "paged"]),
-    (["--sweep", "pool"], ["--contiguous", "buddy"]), (["--sweep", "block-size"], ["--block-size", "16"])])
+    (["--sweep", "pool"], ["--contiguous", "buddy"]), (["--sweep", "block-size"], ["--block-size", "16"]),
+    (["--sweep", "pool"], ["--record", "a"])])
 def test_an_option_without_effect_beside_another_is_refused(option: list[str], others: list[str],
                                                               capsys: pytest.CaptureFixture) -> None:
     assert command(*option, *others) == 2
@@ -300,6 +301,47 @@ def test_a_swap_space_is_given_to_the_paged_server(tmp_path: Path) -> None:
     assert result["goodput"] == 1 and result["counts"]["swapped_in_tokens"] > 0
 
 
+@pytest.mark.parametrize("servers", [(), ("--servers", "oracle", "paged")])
+def test_a_recording_of_the_paged_server_gives_its_figures_at_simulated_times(
+        servers: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recording = pytest.importorskip("nanopaged.show.recording")
+    replay = pytest.importorskip("nanopaged.show.replay")
+    plain = figures(tmp_path / "figures.json", *servers)["paged"]
+    printed = capsys.readouterr().out
+    path = tmp_path / "run.jsonl"
+    recorded = figures(tmp_path / "figures.json", *servers, "--record", str(path))["paged"]
+    assert recorded == plain, "recording changes nothing"
+    assert re.sub(r"Simulated in .*", "", capsys.readouterr().out) == re.sub(r"Simulated in .*", "", printed)
+    lines = list(recording.read(str(path)))
+    state = replay.State(lines[0])
+    for frame in replay.frames(lines[1:]):
+        for event in frame.events:
+            state.apply(event)
+    counts = plain["counts"]
+    assert counts == {name: state.figures()[name] for name in counts} and counts["num_finished"] == 40
+    assert lines[0]["text"] is False
+    seconds = sum(sum(line["seconds"]) for line in lines if line.get("recorded"))
+    assert 0.3 * plain["simulated_s"] < seconds <= 1.001 * plain["simulated_s"]
+
+
+def test_a_recording_of_servers_that_do_not_page_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "run.jsonl"
+    assert command(*SMALL, "--servers", "max", "oracle", "--record", str(path)) == 2
+    assert capsys.readouterr().err == ("simulate: error: --record writes what the paged server does, and --servers has "
+                                       "only max, oracle: add paged\n")
+    assert not path.exists()
+
+
+def test_a_recording_that_cannot_be_written_is_refused_before_anything_is_simulated(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("nanopaged.show.recording")
+    monkeypatch.setattr(command_line, "simulate", lambda *args: pytest.fail("a server ran"))
+    path = tmp_path / "no such folder" / "run.jsonl"
+    assert command(*SMALL, "--servers", "max", "paged", "--record", str(path)) == 2
+    error = capsys.readouterr().err
+    assert "No such file" in error and str(path) in error and error.count("\n") == 1
+
+
 def test_an_own_policy_is_found_in_the_current_directory(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(OWN_POLICIES)
     done = as_module(*SMALL, "--order", "mine:longest_first", directory=tmp_path)
@@ -318,6 +360,16 @@ def test_without_the_folder_pressure_one_line_says_that_it_is_needed(left: str, 
     done = as_module(*SMALL, directory=tmp_path, package=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == ("python -m nanopaged.simulate: error: this needs the folder nanopaged/pressure/, which is "
+                           "missing: restore it\n")
+
+
+def test_without_the_folder_show_it_runs_and_only_a_recording_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "nanopaged", tmp_path / "nanopaged", ignore=shutil.ignore_patterns("__pycache__", "show"))
+    done = as_module(*SMALL, directory=tmp_path, package=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "| paged " in done.stdout
+    done = as_module(*SMALL, "--record", "run.jsonl", directory=tmp_path, package=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "run.jsonl").exists()
+    assert done.stderr == ("python -m nanopaged.simulate: error: --record needs the folder nanopaged/show/, which is "
                            "missing: restore it\n")
 
 
