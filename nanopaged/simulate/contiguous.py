@@ -163,7 +163,7 @@ class ContiguousScheduler(Scheduler):
         super().__init__(seats, max_num_seqs, max_num_batched_tokens, max_model_len, order=order, clock=clock)
         self.memory_ranges, self.reservation = memory_ranges, reservation
         self.longest = memory_ranges.longest
-        self._starts: dict[Request, int] = {}  # of the running requests' ranges
+        self.starts: dict[Request, int] = {}  # first slots of the running requests' ranges
         self._needed = self._held = 0  # slots of the running requests: at full length; reserved
 
     def slots_for(self, request: Request) -> int:
@@ -185,13 +185,13 @@ class ContiguousScheduler(Scheduler):
     def _seat(self, request: Request, prefix: list[int]) -> None:
         super()._seat(request, prefix)
         reserved = self.slots_for(request)
-        self._starts[request] = self.memory_ranges.take(reserved)
+        self.starts[request] = self.memory_ranges.take(reserved)
         self._held += reserved
         self._needed += request.max_length - 1
 
     def _leave(self, request: Request) -> None:
         super()._leave(request)
-        self.memory_ranges.give_back(self._starts.pop(request))
+        self.memory_ranges.give_back(self.starts.pop(request))
         self._held -= self.slots_for(request)
         self._needed -= request.max_length - 1
 

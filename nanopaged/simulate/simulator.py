@@ -191,7 +191,8 @@ class Result:
 
 
 def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock, cost: StepCost,
-             progress: Callable[[int], None] = lambda finished: None) -> Result:
+             progress: Callable[[int], None] = lambda finished: None,
+             watch: Callable[[Step, float], None] = lambda step, seconds: None) -> Result:
     """Serves a whole trace; the clock starts at its first arrival.
 
     Every request that has arrived is queued, since an order policy may prefer any of them. So memory grows
@@ -202,10 +203,11 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
             first arrival, they end with the run.
         server: empty, with `clock` as its clock.
         progress: is told now and then how many requests have finished.
+        watch: is told each planned step and its seconds, as it begins, before anything of it is recorded.
     """
     arrivals, averages, first_tokens, gaps = enumerate(trace()), Averages(), Histogram(), Histogram()
-    watch = StormWatch(server.allocator.num_blocks)
-    server.listeners.append(watch)
+    storms = StormWatch(server.allocator.num_blocks)
+    server.listeners.append(storms)
     index, upcoming = next(arrivals)
     start = clock.now = upcoming.arrival_s
     until = measure_until_s if measure_until_s > start else math.inf
@@ -224,12 +226,13 @@ def simulate(trace: Trace, measure_until_s: float, server: Server, clock: Clock,
         if clock.now <= until:
             averages.add(seconds, server.memory(computed, memory_refused(server, step)), len(step.requests),
                          sum([len(request.block_table) for request in step.requests]), len(sampled))
+        watch(step, seconds)
         clock.now += seconds
         _record_latencies(sampled, clock.now, first_tokens, gaps)
         server.update(step, dict.fromkeys(sampled, 0))
         if server.stats.num_steps % 256 == 0:
             progress(server.stats.num_finished)
-    return _result(averages, first_tokens, gaps, clock.now - start, watch.num_storms, server.stats)
+    return _result(averages, first_tokens, gaps, clock.now - start, storms.num_storms, server.stats)
 
 
 def memory_refused(server: Server, step: Step) -> bool:

@@ -136,6 +136,14 @@ def test_averages_start_with_the_first_arrival_at_any_time_of_day(start: float, 
     assert summarize(trace)[1:3] == (start, start + last)
 
 
+def test_a_watcher_is_told_each_planned_step_as_it_begins_also_after_the_averages_end() -> None:
+    clock, seen = Clock(), []
+    server = paged(clock, 4)
+    simulate(fixed((0.0, 4, 3)), 0.5, server, clock, StepCost(1.0, 0.5, 0.0), watch=lambda step, seconds: seen.append(
+        (clock.now, seconds, step.computed_tokens, server.stats.num_steps)))
+    assert seen == [(0.0, 3.0, 4, 0), (3.0, 1.5, 1, 1), (4.5, 1.5, 1, 2)]
+
+
 def test_averages_end_at_the_given_time() -> None:
     clock = Clock()
     result = simulate(fixed((0.0, 4, 8)), 1.5, paged(clock, 4), clock, SECOND)
