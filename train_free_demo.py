@@ -13,18 +13,24 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import nanopaged
 from nanopaged import RequestOutput, SamplingParams
 from nanopaged.block_allocator import blocks_for
 from nanopaged.interrupts import uninterrupted
 from nanopaged.report import until_interrupted
-from nanopaged.validation import require_int
+from nanopaged.request import Request
+from nanopaged.step import Listener, Step
+from nanopaged.validation import has_folder, require_int
 
 DOCUMENT = """\
 The librarian who never moved a book
@@ -58,7 +64,10 @@ PROMPTS = [
     "In the middle of the storm the lighthouse keeper",
     "The three most important things about a good teacher are",
 ]
-OWNERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+STORY_INTRO = """\
+Each prompt is the whole story and a cue of a few words. The story is held once, by all: nearly all that is saved here \
+is saved by sharing. Paging alone saves little, since a prompt is most of each request; for that, see the scene with \
+contiguous memory."""
 
 
 class PromptRefused(Exception):
@@ -110,92 +119,139 @@ def long_jobs(count: int, max_tokens: int, seed: int) -> list[Job]:
 WORKLOADS = {"story": (story_jobs, 32, 200, 24), "storm": (storm_jobs, 64, 96, 112), "long": (long_jobs, 16, 140, 96)}
 
 
-class Display:
-    """What happens, as it happens: on a terminal a picture of the pool, elsewhere a line for each event."""
+class Lines(Listener):
+    """What happens, in a few lines: the first of a kind at once, and what comes together at ever longer intervals."""
 
     def __init__(self, llm: nanopaged.LLM) -> None:
-        self.llm = llm
-        self.picture = sys.stdout.isatty()
-        self.height = 0  # lines of the picture that the next one is drawn over
-        if self.picture:
-            for handler in logging.getLogger().handlers:
-                handler.addFilter(self.make_way)
+        self.llm, self.next_step = llm, 0
+        self.told: set[str] = set()
+        self.news: dict[str, set[int]] = defaultdict(set)  # the numbers of requests, by what happened to them
+        llm.scheduler.listeners.append(self)
 
-    def make_way(self, record: logging.LogRecord) -> bool:
-        """Before a message is logged: removes the picture, so that the next one is drawn below the message."""
-        if self.height:
-            print(f"\x1b[{self.height}A\x1b[J", end="", flush=True)
-            self.height = 0
-        return True
+    def added(self, request: Request) -> None:
+        self.news["arrived"].add(int(request.group_id))
 
-    def event(self, step: int, text: str) -> None:
-        if not self.picture:
-            print(f"step {step:3}: {text}", flush=True)
+    def stepped(self, step: Step) -> None:
+        for kind, requests in ("gave way, as the pool was full", step.preempted), ("done", step.ended):
+            if requests:
+                self.news[kind].update(int(request.group_id) for request in requests)
 
-    def show(self, step: int) -> None:
-        """Draws the first 1,000 blocks: the owner's letter, # for several owners, . for cached, a space for free."""
-        if not self.picture:
+    def show(self) -> None:
+        """After a step: prints a line, if there is something to tell and it is time."""
+        stats = self.llm.stats()
+        step = stats.num_steps
+        is_time = step >= self.next_step or self.news.keys() - self.told or not self.llm.has_unfinished_requests()
+        if not self.news or not is_time:
             return
-        stats, running = self.llm.stats(), self.llm.scheduler.running
-        holders = Counter(block for request in running for block in request.block_table)
-        owner = {block: OWNERS[int(request.group_id) % len(OWNERS)]
-                 for request in running for block in request.block_table}
-        cached = self.llm.scheduler.allocator.cached_blocks()
-        cells = ["#" if holders[block] > 1 else owner.get(block, "." if block in cached else " ")
-                 for block in range(stats.num_blocks)][:1000]
-        lines = [f"step {step}: {stats.num_running} running, {stats.num_waiting} waiting, {stats.referenced_blocks} of "
-                 f"{stats.num_blocks} blocks in use, {stats.shared_blocks} of them shared (#), {stats.cached_blocks} "
-                 "cached (.)"]
-        lines += ["  |" + "".join(cells[i : i + 100]) + "|" for i in range(0, len(cells), 100)]
-        rewind = f"\x1b[{self.height}A" if self.height else ""
-        print(rewind + "\n".join("\x1b[2K" + line for line in lines), flush=True)
-        self.height = len(lines)
+        print(f"step {step}: {stats.num_running} running, {stats.num_waiting} waiting, {stats.referenced_blocks} of "
+              f"{stats.num_blocks} blocks in use" +
+              "".join(f"; {kind}: {numbered(ids)}" for kind, ids in self.news.items()), flush=True)
+        self.told |= self.news.keys()
+        self.news.clear()
+        self.next_step = step + 1 + (step - 1) // 4
+
+
+def numbered(ids: set[int]) -> str:
+    """Such as "requests 1 to 19"."""
+    first, last = min(ids), max(ids)
+    if first == last:
+        return f"request {first}"
+    return f"requests {first} to {last}" if len(ids) == last - first + 1 else f"{len(ids)} requests"
+
+
+def display_of(llm: nanopaged.LLM) -> AbstractContextManager[Listener]:
+    """On a terminal a picture, elsewhere lines."""
+    if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and has_folder("show"):
+        from nanopaged.show.terminal import TerminalPicture
+        return closing(TerminalPicture(llm, sys.stdout))
+    return nullcontext(Lines(llm))
+
+
+class Memory(NamedTuple):
+    """Blocks for the requests that run together, at one moment."""
+
+    reserved: int  # for each request at full length
+    prompts: int  # of these, blocks that hold prompt
+    copies: int  # for the tokens that there are, if each request had its own copy
+    used: int
+
+    @classmethod
+    def now(cls, llm: nanopaged.LLM) -> Memory:
+        running, size = llm.scheduler.running, llm.config.block_size
+        return cls(sum(blocks_for(request.max_length, size) for request in running),
+                   sum(blocks_for(request.num_prompt_tokens, size) for request in running),
+                   sum(len(request.block_table) for request in running), llm.stats().referenced_blocks)
+
+
+def kept(llm: nanopaged.LLM, arguments: argparse.Namespace) -> tuple[AbstractContextManager[None], list[str]]:
+    """Records the run, if a file for what happened was named; and what went wrong in the scenes before a movie."""
+    files = {"recording": arguments.record, "movie": arguments.movie, "trace": arguments.trace}
+    if not any(files.values()):
+        return nullcontext(), []
+    if not has_folder("show"):
+        raise ValueError("--record, --movie and --trace need the folder nanopaged/show/, which is missing: restore it")
+    from nanopaged.show.keep import kept
+    scenes, wrong = scenes_before(llm, arguments) if arguments.movie and arguments.model == "copycat" else ([], [])
+    story = not arguments.prompt and arguments.workload == "story"
+    return kept(llm, **files, text=not arguments.no_text, title="the story" if story else "this run", intro=STORY_INTRO
+                if story else "What was just run.", scenes_before=scenes), wrong
+
+
+def scenes_before(llm: nanopaged.LLM, arguments: argparse.Namespace) -> tuple[list[dict[str, object]], list[str]]:
+    """Small runs of the same model, each with one thing to see; and what went wrong in them."""
+    from nanopaged.show.scenes import record_all
+    scenes, wrong = record_all(partial(nanopaged.LLM, llm.model, device=arguments.device,
+                                       attention=arguments.attention))
+    if has_folder("simulate") and has_folder("pressure"):
+        from nanopaged.simulate.twin import twin_scene
+        scenes.insert(2, twin_scene())
+    return scenes, wrong
 
 
 def run(llm: nanopaged.LLM, jobs: list[Job], params: SamplingParams) -> tuple[list[RequestOutput], dict[str, str]]:
     """Feeds jobs to the engine as they arrive. Returns their outputs, in order, and the table's rows."""
-    display = Display(llm)
     ids: list[str] = []
     finished: dict[str, RequestOutput] = {}
-    step = preemptions = peak_blocks = peak_contiguous = 0
+    moments: list[Memory] = []
     start = time.perf_counter()
-    while len(finished) < len(jobs):
-        while len(ids) < len(jobs) and jobs[len(ids)].arrival_step <= step:
-            try:
-                ids.append(llm.add_request(jobs[len(ids)].prompt, params))
-            except ValueError as error:
-                raise PromptRefused(str(error)) from error
-            display.event(step, f"request {ids[-1]} arrives")
-        for output in llm.step():
-            if output.finished:
-                finished[output.request_id] = output
-                display.event(step, f"request {output.request_id} is done: {output.outputs[0].text[:60]!r}")
-        stats, running = llm.stats(), llm.scheduler.running
-        if stats.num_preemptions > preemptions:
-            display.event(step, f"the pool is full, requests that give way: {stats.num_preemptions - preemptions}")
-        preemptions = stats.num_preemptions
-        peak_blocks = max(peak_blocks, stats.referenced_blocks)
-        reserved = sum(blocks_for(request.max_length, llm.config.block_size) for request in running)
-        peak_contiguous = max(peak_contiguous, reserved)
-        display.show(step)
-        step += 1
-    display.height = 0  # the last picture stays
+    with display_of(llm) as display:
+        while len(finished) < len(jobs):
+            while len(ids) < len(jobs) and jobs[len(ids)].arrival_step <= len(moments):
+                try:
+                    ids.append(llm.add_request(jobs[len(ids)].prompt, params))
+                except ValueError as error:
+                    raise PromptRefused(str(error)) from error
+            finished |= {output.request_id: output for output in llm.step() if output.finished}
+            moments.append(Memory.now(llm))
+            display.show()
     seconds = time.perf_counter() - start
     outputs = [finished[request_id] for request_id in ids]
+    return outputs, table(llm, outputs, moments, seconds)
+
+
+def table(llm: nanopaged.LLM, outputs: list[RequestOutput], moments: list[Memory], seconds: float) -> dict[str, str]:
+    """What is printed in the end, by row."""
+    stats, fullest = llm.stats(), max(moments)
+    longest = blocks_for(llm.config.max_model_len, llm.config.block_size)
     generated = sum(len(output.outputs[0].token_ids) for output in outputs)
     metrics = [completion.metrics for output in outputs for completion in output.outputs]
     first = sorted(m.time_to_first_token_s for m in metrics)
     between = [m.time_between_tokens_s for m in metrics if m.time_between_tokens_s is not None]
-    rows = {
-        "requests": f"{len(jobs)}, in {stats.num_steps} steps",
+    return {
+        "requests": f"{len(outputs)}, in {stats.num_steps} steps",
         "tokens generated": f"{generated}",
         "tokens/s": f"{generated / seconds:.1f} ({seconds:.1f} s, {llm.device}, "
                     f"{str(llm.dtype).removeprefix('torch.')})",
         "prompt tokens asked for": f"{stats.prompt_tokens}",
         "prompt tokens computed": f"{stats.prompt_tokens - stats.prompt_hit_tokens} "
                                   f"({stats.prompt_hit_tokens} were shared)",
-        "peak blocks used": f"{peak_blocks} of {stats.num_blocks}",
-        "contiguous reservation": f"{peak_contiguous} blocks, for those running together at full length",
+        "peak blocks used": f"{max(moment.used for moment in moments)} of {stats.num_blocks}",
+        "contiguous reservation": f"{fullest.reserved} blocks, for those running together at full length "
+                                  f"({fullest.prompts} hold prompt)",
+        "saved, of these": f"{fullest.copies - fullest.used} by sharing, {fullest.reserved - fullest.copies} by "
+                           f"paging; {fullest.used} were used",
+        "longest reservation": f"{longest} blocks ({llm.config.max_model_len} tokens) for each, if lengths are "
+                               f"unknown: the pool has room for {stats.num_blocks // longest or 'none'}",
         "preemptions": f"{stats.num_preemptions}",
         "eviction storms": f"{stats.num_storms}",
         "tokens computed": f"{stats.computed_tokens}, of which {stats.recomputed_tokens} again; "
@@ -204,7 +260,11 @@ def run(llm: nanopaged.LLM, jobs: list[Job], params: SamplingParams) -> tuple[li
         "time to first token": f"{first[len(first) // 2]:.2f} s (median), {first[-1]:.2f} s (longest)",
         "time between tokens": f"{1000 * sum(between) / max(1, len(between)):.0f} ms (mean)",
     }
-    return outputs, rows
+
+
+def printable(text: str) -> str:
+    """A text whose control characters are escaped, line ends apart: from a prompt, they would command the terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1] for letter in text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -226,6 +286,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="seats (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seeds cues and sampling (default: 0)")
+    kept = parser.add_argument_group("what happened, to look at (nanopaged/show/)")
+    kept.add_argument("--movie", metavar="FILE", help="play small scenes, then this run, and write a page for a browser")
+    kept.add_argument("--record", metavar="FILE", help="write a recording; python -m nanopaged.show makes a page of it")
+    kept.add_argument("--trace", metavar="FILE", help="write a trace for Perfetto or chrome://tracing")
+    kept.add_argument("--no-text", action="store_true", help="leave out of these what the requests of this run say")
     return parser
 
 
@@ -256,16 +321,17 @@ def main(argv: list[str] | None = None) -> int:
                   preemption=arguments.preemption, swap_blocks=arguments.swap_blocks, seed=arguments.seed)
         jobs = make_jobs(count, max_tokens, arguments.seed) if known else [
             Job(prompt, 0) for prompt in arguments.prompt or PROMPTS]
+        keeping, wrong_scenes = kept(llm, arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     try:
-        outputs, rows = run(llm, jobs, params)
-    except PromptRefused as error:
+        with keeping:
+            outputs, rows = run(llm, jobs, params)
+    except (PromptRefused, OSError) as error:
         parser.error(str(error))
     if not known:
         for job, output in zip(jobs, outputs):
-            print(f"\n{job.prompt}\x1b[1m{output.outputs[0].text}\x1b[0m" if sys.stdout.isatty() else
-                  f"\n{job.prompt}{output.outputs[0].text}")
+            print(f"\n{printable(job.prompt + output.outputs[0].text)}")
     print()
     for name, value in rows.items():
         print(f"{name:>24}  {value}")
@@ -274,8 +340,9 @@ def main(argv: list[str] | None = None) -> int:
     wrong = [(job, output) for job, output in zip(jobs, outputs) if output.outputs[0].text != job.expected]
     for job, output in wrong:
         print(f"request {output.request_id} went wrong: {output.outputs[0].text!r} instead of {job.expected!r}")
+    print(*wrong_scenes, sep="\n", end="\n" if wrong_scenes else "")
     print(f"\n{len(jobs) - len(wrong)}/{len(jobs)} continuations match the document")
-    return 1 if wrong else 0
+    return 1 if wrong or wrong_scenes else 0
 
 
 if __name__ == "__main__":

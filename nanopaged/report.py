@@ -78,6 +78,14 @@ def until_interrupted(command: Callable[[], int]) -> int:
         return 130
 
 
+def refuse_unwritable(path: str) -> None:
+    """Raises OSError if a file cannot be written: now, not after minutes of work. Leaves no empty file behind."""
+    existed = os.path.lexists(path)
+    open(path, "a", encoding="utf-8").close()
+    if not existed:
+        os.remove(path)
+
+
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], dict[str, object]],
          arguments: Sequence[str] | None = None) -> int:
     """Runs a measuring command, which prints its tables and returns its figures; gives the exit status.
@@ -93,10 +101,7 @@ def _measure(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace]
     args = parser.parse_args(arguments)
     try:
         if args.json:
-            existed = os.path.lexists(args.json)
-            open(args.json, "a", encoding="utf-8").close()  # fails now, not after minutes of measuring
-            if not existed:
-                os.remove(args.json)  # if `run` fails, no empty file is left
+            refuse_unwritable(args.json)
         figures = run(args)
         if args.json:
             chosen = {name: value for name, value in vars(args).items() if not callable(value)}

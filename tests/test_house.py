@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nanopaged"
 EVENING = ("block_allocator", "request", "scheduler", "batch", "torch_attention", "gpt2", "sampling", "engine")
 EVENING_LINES = 1250
-OPTIONAL = ("pressure", "fast", "simulate", "bench")
+OPTIONAL = ("pressure", "fast", "simulate", "bench", "show")
 
 # Floors from the ground up: what each may import besides itself.
 MAY_IMPORT = {
@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "fast": {"core"},
     "config": {"core", "models", "pressure", "fast"},
     "engine": {"core", "models", "config"},
-    "simulate": {"core", "pressure"},
+    "show": {"core", "models", "engine"},
+    "simulate": {"core", "pressure", "show"},
     "bench": {"core", "models", "pressure", "fast", "config", "engine"},
 }
 PUBLIC = {"LLM": "engine", "SamplingParams": "sampling_params", "RequestOutput": "outputs"}  # from `nanopaged` itself
@@ -180,7 +181,9 @@ assert train_free_demo.main(["--workload", "storm", "--requests", "3", "--max-to
 # Commands of optional folders that build on a deleted one: that one, and the command.
 NEEDS = [("pressure", ("-m", "nanopaged.simulate", "--requests", "20")),
          ("pressure", ("-m", "nanopaged.bench", "scheduler", "--rounds", "1", "--steps", "10")),
-         ("fast", ("-m", "nanopaged.bench", "engine", "--requests", "1", "--layers", "1"))]
+         ("fast", ("-m", "nanopaged.bench", "engine", "--requests", "1", "--layers", "1")),
+         ("show", ("-m", "nanopaged.simulate", "--requests", "20", "--record", "run.jsonl")),
+         ("show", ("train_free_demo.py", "--movie", "pool.html"))]
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.test_progress import HEED_SIGINT, ROOT, RUN, in_terminal
+from tests.terminal import HEED_SIGINT, ROOT, RUN, in_terminal
 
 from nanopaged import report
 from nanopaged.report import environment, table
@@ -87,7 +87,7 @@ def test_an_interrupt_ends_with_status_130(capsys: pytest.CaptureFixture[str]) -
 
 BENCH = ("-m", "nanopaged.bench")
 UNDER_WAY = {  # name: (command, what it writes once it is at work); `bench gpu` is `kernel` and `decode`
-    "demo": (("train_free_demo.py",), "step 0: "), "simulate": (("-m", "nanopaged.simulate"), "% done"),
+    "demo": (("train_free_demo.py",), "step 1: "), "simulate": (("-m", "nanopaged.simulate"), "% done"),
     "kernel": ((*BENCH, "kernel"), "0 of 6 shapes"), "codegen": ((*BENCH, "codegen"), "compiling for "),
     "decode": ((*BENCH, "decode", "--requests=8", "--layers=4"), "8 requests, "),
     "scheduler": ((*BENCH, "scheduler"), "round 1 of 9"), "cost": ((*BENCH, "cost", "--layers=2"), "round 1 of 3"),
