@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import train_free_demo
+
+from nanopaged.show import scenes
 
 DEMO = Path(train_free_demo.__file__)
 
@@ -95,10 +99,51 @@ def test_the_storm_workload_storms_when_greedy_and_not_when_room_is_reserved(
         assert len(caplog.records) == storms and (storms > 0) == stormy
 
 
+def test_a_movie_has_the_scenes_and_then_the_run_and_a_recording_and_a_trace_of_it_are_kept_too(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("pool.html", "run.jsonl", "run.json")]
+    result = run_demo("--movie", names[0], "--record", names[1], "--trace", names[2], "--requests", "24")
+    assert result.returncode == 0, result.stderr
+    assert "24/24 continuations match the document" in result.stdout
+    html = (tmp_path / "pool.html").read_text(encoding="utf-8")
+    assert len(html.encode()) < 1_000_000
+    scenes = json.loads(html.partition('id="data">')[2].partition("</script")[0])["scenes"]
+    assert [scene["kind"] for scene in scenes] == ["pool", "pool", "twin", "pool", "pool", "pool", "pool", "pool"]
+    assert (scenes[-1]["title"], scenes[-1]["num_blocks"]) == ("the story", 200)
+    assert json.loads((tmp_path / "run.json").read_text())["traceEvents"]
+    steps = int(re.search(r"requests +24, in (\d+) steps", result.stdout)[1])
+    assert sum('"step":' in line for line in (tmp_path / "run.jsonl").read_text().splitlines()) == steps
+
+
+def test_without_text_nothing_of_a_prompt_is_kept(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("pool.html", "run.jsonl")]
+    prompt = "Xyzzy says the wizard. Xyzzy says"
+    result = run_demo("--prompt", prompt, "--max-tokens", "8", "--device", "cpu", "--record", names[1], "--no-text")
+    assert result.returncode == 0, result.stderr
+    assert "wizard" in result.stdout
+    recording = (tmp_path / "run.jsonl").read_text()
+    assert "wizard" not in recording and str(list(prompt[:6].encode()))[1:-1].replace(" ", "") not in recording
+
+
+def test_a_scene_that_goes_wrong_is_reported_and_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture) -> None:
+    arrival = scenes.SCENES[1].arrivals[1]._replace(expected=("nonsense",))
+    monkeypatch.setattr(scenes, "SCENES", [dataclasses.replace(scenes.SCENES[1], arrivals=[arrival])])
+    assert train_free_demo.main(["--device", "cpu", "--requests", "1", "--max-tokens", "2", "--movie",
+                                 str(tmp_path / "pool.html")]) == 1
+    written = capsys.readouterr().out
+    assert "scene 1 (two lengths): request 0 went wrong" in written and "1/1 continuations match" in written
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        train_free_demo.main(["--device", "cpu", "--trace", "missing/folder/trace.json"])
+    assert exit_info.value.code == 2 and "missing/folder/trace.json" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_help_names_every_option() -> None:
     result = run_demo("--help")
     assert result.returncode == 0
     for option in ("--model", "--prompt", "--max-tokens", "--num-blocks", "--block-size", "--device", "--attention",
                    "--temperature", "--seed", "--workload", "--requests", "--admission", "--watermark", "--preemption",
-                   "--swap-blocks", "--max-num-seqs"):
+                   "--swap-blocks", "--max-num-seqs", "--movie", "--record", "--trace", "--no-text"):
         assert option in result.stdout

@@ -109,8 +109,12 @@ class Telling:
         youngest = victim == max(running, key=list(self.state.sequences).index)
         last, free = "the youngest" if youngest else "the last in order", f"{are(available)} free"
         needs = f"{self.who(needy)} needs {plural(needed, 'block')}, {free}"
-        gives = f"as {last}, it gives back its own" if victim == needy else f"{self.who(victim)}, {last}, gives back"
-        self.say("gives way", f"{needs}: {gives} " + (f"{given - shared} of {given}" if shared else f"{given}"))
+        deed = "swaps out" if swapped else "gives back"
+        what = f"{given - shared} of {given}" if shared else f"{given}"
+        long, short = (f"as {last}, it {deed} its own", f"it {deed} its own") if victim == needy else (
+            f"{self.who(victim)}, {last}, {deed}", f"{self.who(victim)} {deed}")
+        sentence = f"{needs}: {long} {what}"
+        self.say("gives way", sentence if len(sentence) < LONGEST - 1 else f"{needs}: {short} {what}")
         if swapped:
             self.say("swaps", f"{plural(swapped, 'block')} move to CPU memory")
         if len(running) > 1:
@@ -197,7 +201,7 @@ class Telling:
         if name == "copy":
             self.say("copies", f"{self.who(request_id)} writes into block {source}: held by {holders}, so it gets a "
                      f"copy, block {blocks[1]}")
-            self.say("copies", f"×{holders} becomes " + (f"×{holders - 1}" if holders > 2 else "a holder alone"))
+            self.say("copies", f"×{holders} becomes ×{holders - 1}")
         else:
             self.say("no copy", f"{self.who(request_id)} writes into block {source}: no copy, nobody else holds it")
         self.ask(f"{capital(self.who(request_id))} is about to write into block {source}, which {holders} requests "
@@ -281,7 +285,8 @@ class Telling:
             name = "aborted"
             verb = {"abort": "is aborted", "error": "ends with an error"}[reason]
         of = f"its {plural(given, 'block')}" if len(ended) == 1 else "their blocks"
-        self.say(name, f"{self.who(*ended)} {verb}" + (f": of {of} {', '.join(parts)}" if given else ", and held no block"))
+        rest = f": of {of} {', '.join(parts)}" if given else ", and held no block"
+        self.say(name, f"{self.who(*ended)} {verb}{rest}")
         if stay and gone and len(ended) == 1:
             self.ask(f"{capital(self.who(*ended))} has its last token. What becomes of its blocks?",
                      ["all are free, and erased", "full ones stay cached, the others are free",

@@ -22,7 +22,8 @@ PICTURE = """() => {
   const text = (root, selector) => root.querySelector(selector)?.textContent ?? "";
   return JSON.stringify({
     cells: all(".cell[data-block]").map(cell => ({
-      block: Number(cell.dataset.block), badge: text(cell, ".badge"), words: text(cell, ".text"),
+      block: Number(cell.dataset.block), badge: text(cell, ".badge"), lost: text(cell, ".text s"),
+      words: text(cell, ".text").slice(text(cell, ".text s").length),  // what is lost stands before them
       state: ["free", "cached", "shared", "held"].find(state => cell.classList.contains(state)),
       share: parseFloat(cell.style.getPropertyValue("--share")),
     })),

@@ -21,10 +21,10 @@ from nanopaged import LLM
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.gpt2 import GPT2Config
 from nanopaged.scheduler import Scheduler
-from nanopaged.show.captions import RARE
 from nanopaged.show.movie import page, pool_scene
 from nanopaged.show.recording import Line, read, record
 from nanopaged.show.replay import Frame, State, frames
+from nanopaged.show.rules import RARE
 from nanopaged.show.scenes import SCENES, play
 from nanopaged.simulate.twin import twin_scene
 from nanopaged.step import Step
@@ -32,6 +32,7 @@ from train_free_demo import story_jobs
 
 FRAME_MS = 1100  # at speed 1
 COPY = [scene.title for scene in SCENES].index("copy-on-write")
+EVICTED = [scene.title for scene in SCENES].index("cached, found, evicted")
 FULL = [scene.title for scene in SCENES].index("full")
 STORY, TWIN = len(SCENES), len(SCENES) + 1
 HOSTILE = ["</script><script>window.bad = 1</script>", "<img src=x onerror='window.bad = 1'>",
@@ -202,6 +203,7 @@ def compared(picture: dict[str, Any], expected: dict[str, Any]) -> Iterator[str]
     has_text = any(words for table in expected["tables"].values() for _, words in table)
     for cell, wanted in zip(picture["cells"], expected["cells"], strict=True):
         wanted = wanted if has_text else wanted | {"words": cell["words"]}
+        wanted = wanted | {"lost": cell["lost"]}
         if cell | {"share": 0} != wanted | {"share": 0} or abs(cell["share"] - wanted["share"]) > 0.1:
             yield f"the cell {cell} should be {wanted}"
     shown: dict[int, list[int]] = {}
@@ -266,7 +268,7 @@ def test_the_page_replays_random_runs_as_python_does(first: int, tmp_path: Path,
         steps = [(state.unrecorded_preemptions > 0, frame.step) for frame, state in Recording(path).states()
                  if frame.kind in ("record", "fail")]
         hard = [step + 1 for is_hard, step in steps[:-1] if is_hard]  # what a failed step did is not counted yet
-        cut = (run.rng.choice(hard or [step for _, step in steps]), 10**9) if seed % 2 else all_steps
+        cut = (run.rng.choice(hard or [step for _, step in steps]), 10**9) if hard or seed % 2 else all_steps
         runs.append((path, cut))
         scenes.append(pool_scene(str(path), steps=cut))
     (tmp_path / "runs.html").write_text(page(scenes, "random runs"), encoding="utf-8")
@@ -324,6 +326,21 @@ def test_a_copy_is_shown_by_an_arrow_and_marks_the_first_different_word(movie: M
     marks = movie.js("[...document.querySelectorAll('.cell mark')].map(mark => mark.textContent)")
     assert {"b", "c"} <= set(marks)
     assert not movie.page.query_selector("[data-ghost]")
+
+
+def test_the_words_that_an_eviction_loses_are_struck_out(movie: Movie, scenes: Scenes) -> None:
+    evictions = scenes.frames_named(EVICTED, "evicts")
+    assert evictions
+    for frame in evictions:
+        movie.show(EVICTED, frame - 1)
+        cached = {cell["block"]: cell["words"] for cell in json.loads(movie.js(PICTURE))["cells"]
+                  if cell["state"] == "cached"}
+        taken = {block for name, *rows in scenes.frames(EVICTED)[frame][5] if name == "take" for row in rows
+                 for block in row[1]}
+        movie.show(EVICTED, frame)
+        lost = {cell["block"]: cell["lost"] for cell in json.loads(movie.js(PICTURE))["cells"] if cell["lost"]}
+        assert lost == {block: words for block, words in cached.items() if block in taken}
+        assert lost
 
 
 # Playing, and going from frame to frame.
@@ -695,6 +712,7 @@ def test_a_window_as_narrow_as_a_phone_shows_everything(scenes: Scenes, open_pag
         control.click(trial=True)  # that it can be seen, and that nothing lies over it
         box = control.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360, control.get_attribute("id")
+    assert movie.page.locator(".pool").bounding_box()["width"] > 300
     movie.page.tap(".cell.shared")
     assert "block" in movie.text(".detail")
 

@@ -45,6 +45,7 @@ def test_a_page_is_one_file_that_names_no_other(storm: str) -> None:
     html = page([pool_scene(storm)], "a storm")
     assert "{{" not in html
     assert not re.search(r"<link|<img|<iframe|\ssrc=|@import|https?:(?!//www\.w3\.org/2000/svg)", html)
+    assert "Content-Security-Policy\" content=\"default-src 'none';" in html
     assert "<title>a storm</title>" in html
     assert data_of(html)["scenes"][0]["kind"] == "pool"
 
@@ -60,6 +61,18 @@ def test_what_requests_and_titles_say_is_data_and_never_markup(storm: str) -> No
 
 def test_placeholders_in_what_requests_say_are_left_alone(storm: str) -> None:
     assert data_of(page([pool_scene(storm, "{{STYLE}} {{DATA}}")], "{{SCRIPT}}"))["title"] == "{{SCRIPT}}"
+
+
+def test_what_prompts_have_in_common_is_stored_once(tmp_path: Path) -> None:
+    scheduler, path = tight_scheduler(0), str(tmp_path / "run.jsonl")
+    with record(scheduler, path):
+        for number in range(5):
+            scheduler.add(request_with(number, [7] * 40 + [number]))
+        record_step(scheduler, scheduler.schedule(), random.Random(0))
+    requests = pool_scene(path)["requests"]
+    assert json.dumps(requests).count("7, 7") <= 40 / 2
+    assert [request["like"] for request in requests] == [None, *[[0, 40]] * 4]
+    assert [request["prompt"] for request in requests] == [41] * 5
 
 
 def test_a_scene_has_the_title_of_its_file_unless_it_is_told_one(storm: str) -> None:

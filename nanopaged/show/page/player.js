@@ -80,7 +80,7 @@ class Player {
     this.intro.textContent = scene.intro;
     this.stage.replaceChildren();
     this.scene = scene.kind === "twin" ? new TwinPlayer(scene, this.stage)
-      : new PoolScene(scene, this.stage, i => this.show(i));
+      : new PoolScene(scene, this.stage, i => this.show(i), i => this.linkTo(i));
     this.met = new Set();
     this.scrubber.max = this.scene.length - 1;
     const kinds = this.scene.kinds();
@@ -88,6 +88,10 @@ class Player {
                                    ...kinds.map(kind => element("option", {value: kind}, kind)));
     this.eventKind.parentElement.hidden = !kinds.length;
     if (show) this.show(0);
+  }
+
+  linkTo(i) {
+    return `#scene=${this.number + 1}&step=${this.scene.name(i)}`;
   }
 
   // Shows a frame; any question is over.
@@ -110,7 +114,7 @@ class Player {
   address() {
     clearTimeout(this.late);
     this.late = setTimeout(() =>
-      history.replaceState(null, "", `#scene=${this.number + 1}&step=${this.scene.name(this.at)}`), 200);
+      history.replaceState(null, "", this.linkTo(this.at)), 200);
   }
 
   // One frame on; if it can be guessed, the question comes first.

@@ -13,9 +13,8 @@ function inCell(label) {
 }
 
 class PoolScene {
-  constructor(scene, root, go) {
-    this.scene = scene;
-    this.go = go;  // (frame) => shows it
+  constructor(scene, root, go, linkTo) {
+    Object.assign(this, {scene, go, linkTo});  // go(frame) shows it, linkTo(frame) is a link to it
     this.length = scene.frames.length;
     this.replay = new Replay(scene);
     this.selected = [];  // requests by their hue
@@ -444,7 +443,7 @@ class PoolScene {
       const frames = this.log.filter(([i, name]) => i <= this.frame && names.includes(name)).map(([i]) => i);
       const value = element("dd", {}, frames.length ? "" : "nothing yet");
       for (const i of frames.slice(-3).reverse())
-        value.append(element("a", {href: `#${this.name(i)}`, onclick: event => { event.preventDefault(); this.go(i); }},
+        value.append(element("a", {href: this.linkTo(i), onclick: event => { event.preventDefault(); this.go(i); }},
           `${this.scene.frames[i][2].replace(/^Eviction storm.*/, "eviction storm")} (step ${this.scene.frames[i][0]})`),
           element("br"));
       if (frames.length > 3) value.append(`and ${frames.length - 3} times before`);
