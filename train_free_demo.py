@@ -287,7 +287,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seeds cues and sampling (default: 0)")
     kept = parser.add_argument_group("what happened, to look at (nanopaged/show/)")
-    kept.add_argument("--movie", metavar="FILE", help="play small scenes, then this run, and write a page for a browser")
+    kept.add_argument("--movie", metavar="FILE", help="play small scenes, then this run, and write a page")
     kept.add_argument("--record", metavar="FILE", help="write a recording; python -m nanopaged.show makes a page of it")
     kept.add_argument("--trace", metavar="FILE", help="write a trace for Perfetto or chrome://tracing")
     kept.add_argument("--no-text", action="store_true", help="leave out of these what the requests of this run say")

@@ -184,7 +184,7 @@ def test_a_requests_tokens_depend_on_nothing_but_itself(first: int, tmp_path: Pa
 
 def test_a_scenario_that_fails_leaves_its_recording_up_to_the_failure(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    recording = pytest.importorskip("nanopaged.show.recording")
+    reading = pytest.importorskip("nanopaged.show.reading")
     checks = []
 
     def fails_in_the_end(scheduler: Scheduler, where: str) -> None:
@@ -196,7 +196,7 @@ def test_a_scenario_that_fails_leaves_its_recording_up_to_the_failure(
         run_scenarios(7, 1, tmp_path)
     path = tmp_path / "run.jsonl"
     assert str(path) in capsys.readouterr().out
-    assert sum(line.get("recorded", False) for line in recording.read(str(path))) == checks[-1] > 0
+    assert sum(line.get("recorded", False) for line in reading.read(str(path))) == checks[-1] > 0
 
 
 def main() -> None:

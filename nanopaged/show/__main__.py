@@ -49,7 +49,7 @@ def write(args: argparse.Namespace) -> list[str]:
     if args.recording is None:
         raise ValueError("give the FILE of a recording, or --tour")
     if args.trace is not None:
-        from nanopaged.show.recording import read
+        from nanopaged.show.reading import read
         from nanopaged.show.trace import write_trace
         write_trace(read(args.recording), args.trace)
         return [args.trace]

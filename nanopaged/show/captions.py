@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from nanopaged.show.recording import Event, Line
+from nanopaged.show.reading import Event, Line
 from nanopaged.show.replay import Frame, State, frames
 from nanopaged.show.rules import WHY
 

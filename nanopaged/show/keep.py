@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from nanopaged.report import refuse_unwritable
 from nanopaged.show.movie import Scene, page, pool_scene
-from nanopaged.show.recording import read, record
+from nanopaged.show.reading import read
+from nanopaged.show.recording import record
 from nanopaged.show.trace import write_trace
 
 if TYPE_CHECKING:

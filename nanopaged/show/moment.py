@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from nanopaged.show.captions import Told, narrate
-from nanopaged.show.recording import Line, read
+from nanopaged.show.reading import Line, read
 from nanopaged.show.replay import Frame, State
 
 

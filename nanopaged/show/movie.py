@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanopaged.show.captions import Told, narrate
-from nanopaged.show.recording import Event, Line, read
+from nanopaged.show.reading import Event, Line, read
 from nanopaged.show.replay import State
 from nanopaged.show.rules import RARE
 

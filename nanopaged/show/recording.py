@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from nanopaged.block_allocator import blocks_for
 from nanopaged.request import Request, RequestStatus
 from nanopaged.scheduler import Scheduler
+from nanopaged.show.reading import FORMAT, VERSION, Event, Line
 from nanopaged.step import Step
 
 if TYPE_CHECKING:
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
     from nanopaged.models.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "nanopaged recording"
-VERSION = 1
-Line = dict[str, Any]
-Event = list[Any]  # [name, request id, ...]
 
 
 @contextmanager
@@ -332,34 +328,3 @@ class _Recorded:
     def _finish(self, request: Request, reason: str) -> None:
         self.recorder.note("end", request.request_id, reason)
         super()._finish(request, reason)
-
-
-def read(path: str) -> Iterator[Line]:
-    """The lines of a recording, the header first. A last line that was cut off is left out.
-
-    Raises OSError if the file cannot be read, and ValueError, with the number of the line, if it is no recording.
-    """
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        number = 0
-        for number, text in enumerate(lines, 1):
-            try:
-                line = json.loads(text)
-            except ValueError:
-                if not text.endswith("\n") and number > 1:  # cut off
-                    return
-                raise ValueError(f"{path}, line {number}: not JSON: this is no recording, or a damaged one") from None
-            if not isinstance(line, dict):
-                raise ValueError(f"{path}, line {number}: not an object: this is no recording")
-            if number == 1:
-                _check_header(path, line)
-            yield line
-    if number == 0:
-        raise ValueError(f"{path} is empty: this is no recording, or one that could not be written")
-
-
-def _check_header(path: str, header: Line) -> None:
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is no recording: it does not begin with {json.dumps({'format': FORMAT})}")
-    if header.get("version") != VERSION:
-        raise ValueError(f"{path} has version {header.get('version')!r} of the format, and this program reads version "
-                         f"{VERSION}: record it again")

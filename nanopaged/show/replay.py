@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanopaged.block_allocator import blocks_for
-from nanopaged.show.recording import Event, Line
+from nanopaged.show.reading import Event, Line
 
 # Of each event, by its name: the kind of frame that it belongs to. A frame is a run of events of one kind.
 KINDS = {"add": "arrive", "preempt": "give back", "out": "give back", "back": "give back", "seat": "take", "in": "take",

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from nanopaged.engine import LLM
 from nanopaged.gpt2 import GPT2
 from nanopaged.show.moment import Moment, moments
-from nanopaged.show.recording import Event, record
+from nanopaged.show.reading import Event
+from nanopaged.show.recording import record
 from nanopaged.show.scenes import play, round_and_round
 from nanopaged.show.still import MARGIN, NAME_WIDTH, WIDTH, Picture, still
 

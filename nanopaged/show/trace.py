@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanopaged.show.recording import Event, Line
+from nanopaged.show.reading import Event, Line
 from nanopaged.show.replay import Frame, Sequence, State, frames
 
 PHASES = ("schedule", "copy blocks", "model", "sample", "record")  # of a step, as in line["seconds"]

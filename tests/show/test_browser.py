@@ -22,7 +22,8 @@ from nanopaged.block_allocator import BlockAllocator
 from nanopaged.gpt2 import GPT2Config
 from nanopaged.scheduler import Scheduler
 from nanopaged.show.movie import page, pool_scene
-from nanopaged.show.recording import Line, read, record
+from nanopaged.show.reading import Line, read
+from nanopaged.show.recording import record
 from nanopaged.show.replay import Frame, State, frames
 from nanopaged.show.rules import RARE
 from nanopaged.show.scenes import SCENES, play

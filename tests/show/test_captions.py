@@ -16,7 +16,8 @@ from nanopaged.pressure.swap_space import SwappingScheduler
 from nanopaged.request import Request
 from nanopaged.scheduler import Scheduler
 from nanopaged.show.captions import LONGEST, Told, narrate
-from nanopaged.show.recording import read, record
+from nanopaged.show.reading import read
+from nanopaged.show.recording import record
 from nanopaged.show.replay import Frame, State
 from nanopaged.show.rules import WHY
 
@@ -195,8 +196,8 @@ def test_captions_of_random_runs_are_short_and_their_figures_are_those_of_the_st
                 assert 0 <= told.question.answer < len(told.question.choices) == 3
             if told.names[0] == "gives way":
                 _, victim, needy, needed, available = told.frame.events[0]
-                numbers = re.search(r"equest (\S+) needs (\d+) blocks?, (\w+) (?:is|are) free: .* (?:gives back|swaps out).* (\d+)[.…]",
-                                    told.caption)
+                numbers = re.search(r"equest (\S+) needs (\d+) blocks?, (\w+) (?:is|are) free: "
+                                    r".* (?:gives back|swaps out).* (\d+)[.…]", told.caption)
                 free = "none" if available == 0 else str(available)
                 assert numbers.groups() == (needy, str(needed), free, str(held[victim])), told.caption
             if told.frame.kind == "copy" and told.names[0] == "copies":

@@ -11,7 +11,7 @@ from tests.test_engine import tiny_llm
 from nanopaged import LLM, SamplingParams
 from nanopaged.show.keep import kept
 from nanopaged.show.movie import page, pool_scene
-from nanopaged.show.recording import read
+from nanopaged.show.reading import read
 
 
 @pytest.fixture

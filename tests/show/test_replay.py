@@ -15,7 +15,7 @@ from tests.test_engine import random_params, random_prompts, tiny_llm
 
 from nanopaged import LLM
 from nanopaged.gpt2 import GPT2
-from nanopaged.show.recording import read
+from nanopaged.show.reading import read
 from nanopaged.show.replay import State, frames
 
 

@@ -13,7 +13,7 @@ from tests.recordings import RandomRun, clock, recorded, storm, tight_scheduler
 from tests.test_engine import random_params, random_prompts, tiny_llm
 
 from nanopaged import SamplingParams
-from nanopaged.show.recording import Line, read
+from nanopaged.show.reading import Line, read
 from nanopaged.show.replay import State, frames
 from nanopaged.show.trace import ENGINE, PHASES, trace, write_trace
 

@@ -304,7 +304,7 @@ def test_a_swap_space_is_given_to_the_paged_server(tmp_path: Path) -> None:
 @pytest.mark.parametrize("servers", [(), ("--servers", "oracle", "paged")])
 def test_a_recording_of_the_paged_server_gives_its_figures_at_simulated_times(
         servers: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    recording = pytest.importorskip("nanopaged.show.recording")
+    reading = pytest.importorskip("nanopaged.show.reading")
     replay = pytest.importorskip("nanopaged.show.replay")
     plain = figures(tmp_path / "figures.json", *servers)["paged"]
     printed = capsys.readouterr().out
@@ -312,7 +312,7 @@ def test_a_recording_of_the_paged_server_gives_its_figures_at_simulated_times(
     recorded = figures(tmp_path / "figures.json", *servers, "--record", str(path))["paged"]
     assert recorded == plain, "recording changes nothing"
     assert re.sub(r"Simulated in .*", "", capsys.readouterr().out) == re.sub(r"Simulated in .*", "", printed)
-    lines = list(recording.read(str(path)))
+    lines = list(reading.read(str(path)))
     state = replay.State(lines[0])
     for frame in replay.frames(lines[1:]):
         for event in frame.events:
