@@ -203,8 +203,8 @@ class PoolScene {
     const s = this.replay.state;
     for (const [name, ...rows] of this.scene.frames[i][5])
       for (const row of rows) {
-        if (["seat", "copy", "keep", "take", "twin", "start", "end", "preempt"].includes(name)) actors.push(row[0]);
-        if (name === "preempt" && row[1] !== row[0]) actors.push(row[1]);
+        if (name === "preempt") actors.push(row[1], row[0]);  // who needs the block comes first
+        if (["seat", "copy", "keep", "take", "twin", "start", "end"].includes(name)) actors.push(row[0]);
         if (name === "add") actors.push(row[0][0]);
         if (name === "seat" || name === "take") for (const block of row[1]) tags.set(block, TAGS[name]);
         if (name === "copy") {
@@ -325,7 +325,7 @@ class PoolScene {
       if (state === SHARED) head.append(element("span", {class: "badge"}, `×${s.holders[block]}`));
       for (const [label, hue] of chips) head.append(element("span", {class: "chip", style: {"--hue": hue}}, inCell(label)));
       const others = holders[block].length - chips.length;
-      if (others) head.append(element("span", {class: "others"}, chips.length ? `+${others}` : others === 1
+      if (others && !(state === SHARED && this.isCompact)) head.append(element("span", {class: "others"}, chips.length ? `+${others}` : others === 1
         ? inCell(this.label(holders[block][0])) : ""));
       if (state === CACHED) head.append(element("span", {class: "state"}, "cached"));
       const plain = this.scene.text ? words : [state === FREE ? "" : `${s.filled[block]} of ${this.replay.size}`, "", ""];
@@ -590,7 +590,7 @@ class PoolScene {
       const width = this.pool.parentElement.clientWidth || 800, blocks = this.scene.num_blocks;
       const wanted = blocks <= 48 ? 132 : blocks <= 128 ? 108 : 92;
       this.pool.style.setProperty("--columns", String(Math.max(2, Math.min(blocks, Math.floor(width / wanted)))));
-      this.pool.classList.toggle("compact", blocks > 64);
+      this.pool.classList.toggle("compact", this.isCompact = blocks > 64);
     }
     for (const chart of this.charts) chart.draw();
   }
