@@ -174,7 +174,9 @@ class Telling:
         parts = []
         if found:
             with_whom = f" beside {holder}" if holder and one and not resumed else ""
-            parts.append(f"{plural(found, 'block')} found{with_whom}")
+            alike = len(seated) > 1 and len(set(seated.values())) == 1
+            parts.append(f"each finds {plural(found // len(seated), 'block')}" if alike else
+                         f"{plural(found, 'block')} found{with_whom}")
         if restored:
             parts.append(f"{restored} back from CPU memory")
         if taken:

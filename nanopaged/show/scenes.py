@@ -63,8 +63,8 @@ SCENES = [
               round_and_round(0, "Short ones come and go. ", 8),
               round_and_round(12, "Another short one comes and goes. ", 8),
               round_and_round(30, "And one more, not long at all. ", 8)]),
-    Scene("a shared prefix", "Four prompts begin with the same words. The first computes them; the others find its "
-          "full blocks, hold them too, and compute only what is their own.", [
+    Scene("a shared prefix", "Four prompts begin with the same words. The first computes them; the others, which "
+          "come later, find its full blocks, hold them too, and compute only what is their own.", [
               round_and_round(0, "Dear clerk, where is the blue book? ", 24, GREETING),
               round_and_round(2, "Dear clerk, when do you open today? ", 24, GREETING),
               round_and_round(2, "Dear clerk, who took my umbrella? ", 24, GREETING),
@@ -80,8 +80,9 @@ SCENES = [
               round_and_round(14, "Dear clerk, when do you open today? ", 12, GREETING),
               round_and_round(28, "A stranger writes on and on, of wind and of rain and of the sea. ", 90),
               round_and_round(28, "Another tells of mountains that nobody ever climbed in winter. ", 90)]),
-    Scene("full", "The pool is full, and the first request needs one more block: the youngest gives way, waits, and "
-          "resumes when there is room. Its words are not lost; their K and V are computed again.", [
+    Scene("full", "The pool is full, and a request needs one more block. The youngest of those that run gives way, "
+          "waits, and resumes when there is room. It keeps its words. What of their K and V is still in the pool by then "
+          "is found again, the rest is computed again.", [
               round_and_round(0, "On busy nights every box in the library was taken by dusk. ", 64),
               round_and_round(0, "The family that had come last was asked to wait in the hall. ", 64),
               round_and_round(0, "Careful counting makes good use of the room that there is. ", 64),

@@ -61,12 +61,9 @@ class PoolScene {
   build(root) {
     const {scene} = this;
     this.shown = scene.requests.map((_, r) => r).filter(r => this.everThere(r));
-    [this.links, this.arrows] = ["links", "links above"].map(kind => {  // behind the words, and before them
-      const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-      svg.setAttribute("class", kind);
-      svg.setAttribute("aria-hidden", "true");
-      return svg;
-    });
+    this.links = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    this.links.setAttribute("class", "links");
+    this.links.setAttribute("aria-hidden", "true");
     this.sequences = element("div", {class: "sequences", "aria-label": "requests and their block tables"});
     this.withText = scene.num_blocks <= MOST_WITH_TEXT;
     this.pool = this.withText ? this.buildCells() : this.buildDensity();
@@ -93,7 +90,7 @@ class PoolScene {
     const lanesLegend = element("p", {class: "hint"}, "From left to right, frame by frame; press to go there, or press a "
       + "name to select a request. Dotted: it waits. Dark: prefill, many tokens at once. Grey: decode, one token a step. "
       + "▼ and crossed: it gave way, and waits (a double line: its blocks are in CPU memory). ⚡: an eviction storm begins.");
-    root.append(element("div", {class: "scene"}, this.links, this.arrows,
+    root.append(element("div", {class: "scene"}, this.links,
       element("section", {"aria-label": "blocks"},
         element("h2", {}, "Requests: their words, cut into logical blocks → physical block"), this.sequences,
         element("h2", {}, `The pool: ${scene.num_blocks} blocks, each with slots for ${scene.block_size} tokens`
@@ -389,17 +386,15 @@ class PoolScene {
       paths.push(svgPath(`M${x},${y} C${x},${y + bend} ${u},${v - bend} ${u},${v}`, {style: `stroke:${hue}`,
                                                                                      "data-link": box.dataset.at}));
     }
-    const arrows = [];
     if (ghost) {
       const [from, to] = ghost.map(block => this.cellAt(block));
       const x = from.left + from.width / 2 - home.left, y = from.top + from.height / 2 - home.top;
       const u = to.left + to.width / 2 - home.left, v = to.top + to.height / 2 - home.top;
       const length = Math.hypot(u - x, v - y) || 1, [a, b] = [(u - x) / length * 9, (v - y) / length * 9];
-      arrows.push(svgPath(`M${x},${y} L${u},${v} m${-a - b},${-b + a} L${u},${v} L${u - a + b},${v - b - a}`,
+      paths.push(svgPath(`M${x},${y} L${u},${v} m${-a - b},${-b + a} L${u},${v} L${u - a + b},${v - b - a}`,
                          {class: "ghost", "data-ghost": ghost.join(" ")}));
     }
     this.links.replaceChildren(...paths);
-    this.arrows.replaceChildren(...arrows);
   }
 
   drawFigures() {
@@ -435,7 +430,7 @@ class PoolScene {
     const most = [...this.replay.state.holders.keys()].reduce((best, block) =>
       this.replay.state.holders[block] > this.replay.state.holders[best] ? block : best, 0);
     const rows = [["computed", `${f.computed_tokens} tokens` + (f.recomputed_tokens ? `, ${f.recomputed_tokens} of them again` : "")],
-                  ["found", `${f.prefix_hit_tokens} tokens, instead of computing them`], ["evicted", `${f.evicted_blocks} ${f.evicted_blocks === 1 ? "block" : "blocks"}`]];
+                  ["prefix found", `${f.prefix_hit_tokens} tokens, instead of computing them`], ["evicted", `${f.evicted_blocks} ${f.evicted_blocks === 1 ? "block" : "blocks"}`]];
     if (f.shared_blocks) rows.unshift(["most shared", `block ${most}, ×${this.replay.state.holders[most]}`]);
     const list = [];
     for (const [title, names] of [["gave way", ["gives way"]], ["had to wait", ["waits"]], ["copied", ["copies"]],

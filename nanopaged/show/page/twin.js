@@ -267,8 +267,9 @@ function twinScene(data, root) {
   function tally(figureOf) {
     const figures = byFinish.map((server) => [server, figureOf(server)]);
     const [sharing, plain] = figures.filter(([server]) => server.paged);
-    return figures.filter((entry) => entry !== sharing || figureOf(plain[0]) !== sharing[1])
-      .map(([{name}, value]) => `${name} ${value}`).join(", ");
+    const alike = sharing[1] === plain[1];
+    return figures.filter((entry) => entry !== sharing || !alike)
+      .map((entry) => `${entry === plain && alike ? "both paged" : entry[0].name} ${entry[1]}`).join(", ");
   }
 
   const {views, table} = build();
@@ -291,10 +292,10 @@ twinScene.style = `
 .twin-strip { display: block; }
 .twin-head { margin: .15rem 0 0; min-height: 1.4em; font-size: .875rem; }
 .twin-figures dl { display: grid; gap: 0 .5rem; margin: 0 0 .2rem; }
-.twin-counts { grid-template-columns: 1fr 1fr 1fr 1.4fr; }
+.twin-counts { grid-template-columns: 1.7fr 1fr 1fr 1.4fr; }
 .twin-shares { grid-template-columns: repeat(5, 1fr); }
 .twin-figures dt { font-size: .75rem; color: var(--muted); }
-.twin-figures dd { margin: 0; font-size: .875rem; white-space: nowrap; }
+.twin-figures dd { margin: 0; font-size: .875rem; }
 .twin-slots { fill: var(--paper); stroke: none; }
 .twin-tokens { fill: var(--held); }
 .twin-reserved { fill: url(#twin-reserved); }
