@@ -27,7 +27,7 @@ import nanopaged
 from nanopaged import RequestOutput, SamplingParams
 from nanopaged.block_allocator import blocks_for
 from nanopaged.interrupts import uninterrupted
-from nanopaged.report import until_interrupted
+from nanopaged.report import refuse_unwritable, until_interrupted
 from nanopaged.request import Request
 from nanopaged.step import Listener, Step
 from nanopaged.validation import has_folder, require_int
@@ -120,7 +120,7 @@ WORKLOADS = {"story": (story_jobs, 32, 200, 24), "storm": (storm_jobs, 64, 96, 1
 
 
 class Lines(Listener):
-    """What happens, in a few lines: the first of a kind at once, and what comes together at ever longer intervals."""
+    """What happens, in a few lines: the first event of a kind at once, later ones together, less and less often."""
 
     def __init__(self, llm: nanopaged.LLM) -> None:
         self.llm, self.next_step = llm, 0
@@ -187,12 +187,17 @@ def kept(llm: nanopaged.LLM, arguments: argparse.Namespace) -> tuple[AbstractCon
     """Records the run, if a file for what happened was named; and what went wrong in the scenes before a movie."""
     files = {"recording": arguments.record, "movie": arguments.movie, "trace": arguments.trace}
     if not any(files.values()):
+        if arguments.no_text:
+            raise ValueError("--no-text has no effect without --record, --movie or --trace: add one, or leave it out")
         return nullcontext(), []
     if not has_folder("show"):
         raise ValueError("--record, --movie and --trace need the folder nanopaged/show/, which is missing: restore it")
     from nanopaged.show.keep import kept
-    scenes, wrong = scenes_before(llm, arguments) if arguments.movie and arguments.model == "copycat" else ([], [])
-    story = not arguments.prompt and arguments.workload == "story"
+    for path in filter(None, files.values()):
+        refuse_unwritable(path)  # before the scenes are played
+    own = arguments.model != "copycat" or arguments.prompt
+    scenes, wrong = scenes_before(llm, arguments) if arguments.movie and not own else ([], [])
+    story = not own and arguments.workload == "story"
     return kept(llm, **files, text=not arguments.no_text, title="the story" if story else "this run", intro=STORY_INTRO
                 if story else "What was just run.", scenes_before=scenes), wrong
 
@@ -312,6 +317,8 @@ def main(argv: list[str] | None = None) -> int:
         num_blocks = num_blocks * 16 // max(arguments.block_size, 1) if known else None
         if arguments.num_blocks is not None:
             num_blocks = arguments.num_blocks
+        elif not known and arguments.movie:
+            num_blocks = 64  # as many as a page can show with their words, on one screen
         with uninterrupted():  # torch may swallow an interrupt while it is imported
             from nanopaged import LLM
         llm = LLM(arguments.model, device=arguments.device, attention=arguments.attention,
@@ -321,28 +328,35 @@ def main(argv: list[str] | None = None) -> int:
                   preemption=arguments.preemption, swap_blocks=arguments.swap_blocks, seed=arguments.seed)
         jobs = make_jobs(count, max_tokens, arguments.seed) if known else [
             Job(prompt, 0) for prompt in arguments.prompt or PROMPTS]
-        keeping, wrong_scenes = kept(llm, arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+        keeping, problems = kept(llm, arguments)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
         parser.error(str(error))
+    outputs = None
     try:
         with keeping:
             outputs, rows = run(llm, jobs, params)
-    except (PromptRefused, OSError) as error:
+    except PromptRefused as error:
         parser.error(str(error))
-    if not known:
-        for job, output in zip(jobs, outputs):
-            print(f"\n{printable(job.prompt + output.outputs[0].text)}")
+    except (ValueError, OSError) as error:  # what was to be kept is too large, or the disk is full
+        if outputs is None:
+            raise
+        problems.append(f"{error} (with --record FILE, python -m nanopaged.show FILE --steps A:B shows a part)")
+    for job, output in zip(jobs, outputs) if not known else ():
+        print(f"\n{printable(job.prompt + output.outputs[0].text)}")
     print()
     for name, value in rows.items():
         print(f"{name:>24}  {value}")
-    if not known:
-        return 0
-    wrong = [(job, output) for job, output in zip(jobs, outputs) if output.outputs[0].text != job.expected]
-    for job, output in wrong:
-        print(f"request {output.request_id} went wrong: {output.outputs[0].text!r} instead of {job.expected!r}")
-    print(*wrong_scenes, sep="\n", end="\n" if wrong_scenes else "")
-    print(f"\n{len(jobs) - len(wrong)}/{len(jobs)} continuations match the document")
-    return 1 if wrong or wrong_scenes else 0
+    if known:
+        wrong = [(job, output) for job, output in zip(jobs, outputs) if output.outputs[0].text != job.expected]
+        problems += [f"request {output.request_id} went wrong: {output.outputs[0].text!r} instead of {job.expected!r}"
+                     for job, output in wrong]
+        print(f"\n{len(jobs) - len(wrong)}/{len(jobs)} continuations match the document")
+    for line in problems:
+        print(line)
+    for path in (arguments.record, arguments.movie, arguments.trace):
+        if path and os.path.exists(path):
+            print(f"{path}: {os.path.getsize(path):,} bytes")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

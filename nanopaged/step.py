@@ -82,7 +82,7 @@ class Listener:
     """
 
     def added(self, request: Request) -> None:
-        """A request was queued."""
+        """A request was queued; of n continuations, which `stepped` and `ended` tell one by one, the first."""
 
     def stepped(self, step: Step) -> None:
         """A step was recorded."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import train_free_demo
 
-from nanopaged.show import scenes
+from nanopaged.show import movie, scenes
 
 DEMO = Path(train_free_demo.__file__)
 
@@ -79,6 +79,7 @@ def test_prompts_of_ones_own_are_continued() -> None:
     (["--attention", "magic"], "attention must be one of"),
     (["--device", "cuda:77"], "CUDA devices"),
     (["--prompt", ""], "the prompt is empty"),
+    (["--no-text"], "--no-text has no effect without --record, --movie or --trace"),
 ])
 def test_a_wrong_argument_gets_one_clear_line_and_status_2(arguments: list[str], words: str, capsys) -> None:
     with pytest.raises(SystemExit) as exit_info:
@@ -104,6 +105,9 @@ def test_a_movie_has_the_scenes_and_then_the_run_and_a_recording_and_a_trace_of_
     result = run_demo("--movie", names[0], "--record", names[1], "--trace", names[2], "--requests", "24")
     assert result.returncode == 0, result.stderr
     assert "24/24 continuations match the document" in result.stdout
+    assert [line for line in result.stdout.splitlines() if line.endswith(" bytes")] == [
+        f"{name}: {os.path.getsize(name):,} bytes" for name in (names[1], names[0], names[2])]
+    assert "WARNING" not in result.stderr, "the storm of a scene is not this run's"
     html = (tmp_path / "pool.html").read_text(encoding="utf-8")
     assert len(html.encode()) < 1_000_000
     scenes = json.loads(html.partition('id="data">')[2].partition("</script")[0])["scenes"]
@@ -135,9 +139,19 @@ def test_a_scene_that_goes_wrong_is_reported_and_fails(monkeypatch: pytest.Monke
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        train_free_demo.main(["--device", "cpu", "--trace", "missing/folder/trace.json"])
-    assert exit_info.value.code == 2 and "missing/folder/trace.json" in capsys.readouterr().err.splitlines()[-1]
+    for option in ("--trace", "--movie", "--record"):
+        with pytest.raises(SystemExit) as exit_info:
+            train_free_demo.main(["--device", "cpu", option, "missing/folder/file"])
+        assert exit_info.value.code == 2 and "missing/folder/file" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_page_that_would_be_too_large_is_named_after_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(movie, "MOST_FRAMES", 3)
+    assert train_free_demo.main(["--device", "cpu", "--prompt", "one two three, one two", "--max-tokens", "4",
+                                 "--movie", str(tmp_path / "pool.html")]) == 1
+    written = capsys.readouterr().out
+    assert "tokens generated  4" in written and "too many for a page" in written and "--record FILE" in written
 
 
 def test_help_names_every_option() -> None:

@@ -10,6 +10,7 @@ A recording is made with `--record FILE` of train_free_demo.py or of python -m n
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ def run(parser: argparse.ArgumentParser) -> int:
         written = write(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except (KeyError, IndexError, TypeError) as error:  # a line lacks what others need
+        parser.exit(2, f"{parser.prog}: error: {args.recording} is damaged: {type(error).__name__}: {error}\n")
     for path in written:
         print(f"{path}: {Path(path).stat().st_size:,} bytes")
     return 0
@@ -43,6 +46,7 @@ def run(parser: argparse.ArgumentParser) -> int:
 
 def write(args: argparse.Namespace) -> list[str]:
     """The files that were written. Each part is imported where it is needed: a tour needs torch, the rest does not."""
+    refuse_what_has_no_effect(args)
     if args.tour is not None:
         from nanopaged.show.tour import write_tour
         return write_tour(args.tour)
@@ -55,18 +59,42 @@ def write(args: argparse.Namespace) -> list[str]:
         return [args.trace]
     from nanopaged.show.movie import page, pool_scene
     scene = pool_scene(args.recording, steps=chosen_steps(args.steps) if args.steps else None)
-    out = args.out or str(Path(args.recording).with_suffix(".html"))
+    out = args.out or page_of(args.recording)
     Path(out).write_text(page([scene], f"nanopaged: {Path(args.recording).stem}"), encoding="utf-8")
     return [out]
 
 
+def refuse_what_has_no_effect(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that would be ignored, or would overwrite the recording."""
+    if args.tour is not None:
+        beside = "--tour"
+        given = {"FILE": args.recording, "--out": args.out, "--steps": args.steps, "--trace": args.trace}
+    elif args.trace is not None:
+        beside, given = "--trace", {"--out": args.out, "--steps": args.steps}
+    else:
+        beside, given = "", {}
+    ignored = [name for name, value in given.items() if value is not None]
+    if ignored:
+        raise ValueError(f"{', '.join(ignored)} would have no effect beside {beside}: give one or the other")
+    for out in (args.trace, args.out or (args.recording and page_of(args.recording))):
+        if out and args.recording and os.path.realpath(out) == os.path.realpath(args.recording):
+            raise ValueError(f"{out} is the recording itself, which would be overwritten: give another file to write")
+
+
+def page_of(recording: str) -> str:
+    """The page beside a recording."""
+    return str(Path(recording).with_suffix(".html"))
+
+
 def chosen_steps(text: str) -> tuple[int, int]:
     """From "A:B"; either may be missing."""
+    from nanopaged.show.movie import LAST
+
     first, colon, last = text.partition(":")
     try:
         if not colon:
             raise ValueError
-        steps = int(first or 1), int(last or 10**9)
+        steps = int(first or 1), int(last or LAST)
     except ValueError:
         raise ValueError(f"--steps must be A:B, two numbers of steps, got {text!r}") from None
     if not 1 <= steps[0] <= steps[1]:

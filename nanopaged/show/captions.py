@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from nanopaged.show.reading import Event, Line
-from nanopaged.show.replay import Frame, State, frames
+from nanopaged.show.replay import Frame, State, frames, labels
 from nanopaged.show.rules import WHY
 
 LONGEST = 90  # characters of a caption
+ENDS = {"finishes": ("stop", "length"), "aborted": ("abort",), "error": ("error",)}  # finish reasons
+VERBS = {"finishes": ("is done", "are done"), "aborted": ("is aborted", "are aborted"),
+         "error": ("ends with an error", "end with an error")}
 
 
 class Question(NamedTuple):
@@ -40,6 +43,7 @@ class Telling:
         self.clauses: list[tuple[str, str]] = []  # (name, sentence without its full stop)
         self.question: Question | None = None
         self.why = ""  # if it is not the usual one
+        self.also: list[str] = []  # names of what happened, and is told with something else
 
     def say(self, name: str, sentence: str) -> None:
         self.clauses.append((name, sentence))
@@ -58,12 +62,14 @@ class Telling:
 
     def told(self) -> Told:
         getattr(self, "_" + self.frame.kind.replace(" ", "_"))()
-        caption, names = "", [name for name, _ in self.clauses]
-        for _, sentence in self.clauses:
+        caption, names = "", []
+        for name, sentence in self.clauses:
             sentence = sentence[0].upper() + sentence[1:] + "."
             if caption and len(caption) + 1 + len(sentence) >= LONGEST:
                 break
             caption = f"{caption} {sentence}" if caption else sentence
+            names.append(name)
+        names += self.also
         if len(caption) >= LONGEST:
             caption = caption[: LONGEST - 2] + "…"
         return Told(self.frame, caption, list(dict.fromkeys(names)), self.why or WHY[names[0]], self.question)
@@ -88,6 +94,12 @@ class Telling:
             self.say("arrives", f"{self.who(*ids)} arrive, {self.labels[ids[0]]} to {self.labels[ids[-1]]}"
                      if len(ids) > 3 else f"{self.who(*ids)} arrive")
 
+    def _begin(self) -> None:
+        ids = [event[1]["add"] for event in self.each("add")]
+        running = len(self.state.with_status("running"))
+        self.say("begins", f"the recording begins: {self.who(*ids)} {'is' if len(ids) == 1 else 'are'} here, "
+                 f"{running} {'runs' if running == 1 else 'run'}")
+
     def _wait(self) -> None:
         request_id, reason, *numbers = self.frame.events[0][1:]
         list(self.each())
@@ -96,8 +108,11 @@ class Telling:
             beside = f" beside {found} that it finds" if found else ""
             why = f"it needs {plural(needed, 'block')}{beside}, {are(available)} available" if available < needed else \
                 f"{are(available)} available, it needs {needed}, and the policy keeps some to grow into"
+        elif reason == "seats":
+            needed, available = numbers
+            why = f"it needs {plural(needed, 'seat')} in the batch, {are(available)} free"
         else:
-            why = {"seats": "every seat in the batch is taken", "budget": "this step's tokens are used up"}[reason]
+            why = "this step's tokens are used up"
         self.say("waits", f"{self.who(request_id)} waits: {why}")
 
     def _give_back(self) -> None:
@@ -116,72 +131,74 @@ class Telling:
         sentence = f"{needs}: {long} {what}"
         self.say("gives way", sentence if len(sentence) < LONGEST - 1 else f"{needs}: {short} {what}")
         if swapped:
-            self.say("swaps", f"{plural(swapped, 'block')} move to CPU memory")
-        if len(running) > 1:
+            self.also.append("swaps")
+            self.why = f"{WHY['gives way'].partition('. ')[0]}. {WHY['swaps']}"
+        if victim not in (needy, running[0]):  # else several answers would be right
             self.ask(f"{capital(self.who(needy))} needs a block, and {free}. Who gives way?",
                      ["nobody: it waits", f"the oldest, {self.who(running[0])}", f"{last}, {self.who(victim)}"], 2)
 
     def _take(self) -> None:
-        seated: dict[str, int] = {}  # blocks found
-        resumed, takers, blocks, evicted, taken, restored = [], [], [], [], 0, 0
-        holder = ""
+        seated: dict[str, int] = {}  # blocks that each found
+        resumed, restored, holder = 0, 0, ""
+        taken: dict[str, list[int]] = {}  # blocks, by request
+        evicted: dict[str, list[int]] = {}  # those of them that were cached
         for event in self.frame.events:
             name, request_id = event[:2]
-            request = self.state.sequences[request_id]
             if name == "seat":
                 seated[request_id] = len(event[2])
-                if request.preemptions:
-                    resumed.append(request_id)
-                if event[2] and not holder:
-                    holder = self.holder_of(event[2][0], request_id)
+                resumed += self.state.sequences[request_id].preemptions > 0
+                holder = holder or (self.holder_of(event[2][0], request_id) if event[2] else "")
             self.state.apply(event)
-            evicted += self.state.evicted
-            if name == "take" and request_id in seated:
-                taken += len(event[2])
-            elif name == "take":
-                takers.append(request_id)
-                blocks += event[2]
-            restored += name == "in"
-        found = sum(seated.values())
+            if name in ("take", "in"):
+                restored += name == "in"
+                taken.setdefault(request_id, []).extend(event[2] if name == "take" else [event[3]])
+                if self.state.evicted:
+                    evicted.setdefault(request_id, []).extend(self.state.evicted)
+        others = {request_id: blocks for request_id, blocks in taken.items() if request_id not in seated}
         if seated:
-            self._seated(seated, resumed, found, taken, restored, holder)
-            if takers and not evicted:
-                self.say("takes", f"{self.who(*takers)} {'takes' if len(takers) == 1 else 'take'} {len(blocks)} more")
-        elif len(blocks) == 1 and not evicted:
-            self.say("takes", f"{self.who(*takers)} takes block {blocks[0]} for its next tokens")
-        elif takers and not evicted:
-            self.say("takes", f"{self.who(*takers)} {'takes' if len(takers) == 1 else 'take'} "
-                     f"{plural(len(blocks), 'block')} for the next tokens")
+            num_taken = sum(len(taken.get(request_id, ())) for request_id in seated)
+            self._seated(seated, resumed, num_taken, restored, holder)
         if evicted:
-            self._evicted(evicted, takers, bool(seated))
+            self._evicted(evicted, taken, bool(seated))
+        elif others:
+            blocks = [block for blocks in others.values() for block in blocks]
+            which = f"block {blocks[0]}" if len(blocks) == 1 else plural(len(blocks), "block")
+            verb = "takes" if len(others) == 1 else "take"
+            self.say("takes", f"{self.who(*others)} {verb} {which} for the next tokens")
 
-    def _evicted(self, evicted: list[int], takers: list[str], beside: bool) -> None:
+    def _evicted(self, evicted: dict[str, list[int]], taken: dict[str, list[int]], beside: bool) -> None:
         """Cached blocks that were reused; `beside` what the caption says of admissions already."""
-        blocks = f"cached block {evicted[0]} is" if len(evicted) == 1 else f"{len(evicted)} cached blocks are"
-        for_whom = f" for {self.who(*dict.fromkeys(takers))}" if takers and not beside else ""
-        self.say("evicts", f"{'' if beside else 'no block is free: '}{blocks} evicted{for_whom}")
-        self.ask("No block is free, but some are cached: nobody holds them. Which one is reused?",
+        blocks = [block for blocks in evicted.values() for block in blocks]
+        free = sum(map(len, taken.values())) - len(blocks)
+        which = f"cached block {blocks[0]} is" if len(blocks) == 1 else f"{len(blocks)} cached blocks are"
+        before = "" if beside else f"{plural(free, 'free block')} first, then " if free else "no block is free: "
+        self.say("evicts", f"{before}{which} evicted" + ("" if beside else f" for {self.who(*evicted)}"))
+        self.ask("No more block is free, but some are cached: nobody holds them. Which one is reused?",
                  ["none: a request gives way", "the one used least recently", "the one used most recently"], 1)
 
-    def _seated(self, seated: dict[str, int], resumed: list[str], found: int, taken: int, restored: int,
-                holder: str) -> None:
+    def _seated(self, seated: dict[str, int], resumed: int, taken: int, restored: int, holder: str) -> None:
         """Requests that were admitted: what they found, and what they took."""
-        one, all_resume = len(seated) == 1, len(resumed) == len(seated)
-        name = "resumes" if resumed else "admitted"
-        deed = f"{self.who(*seated)} {'resume' if all_resume else 'are admitted'}"
-        if one:
-            deed = f"{self.who(*seated)} {'resumes' if all_resume else 'is admitted'}"
+        found, number = sum(seated.values()), len(seated)
+        if 0 < resumed < number:
+            deed = f"{resumed} {'request resumes' if resumed == 1 else 'requests resume'}, " \
+                   f"{number - resumed} {'is' if number - resumed == 1 else 'are'} admitted"
+        else:
+            deed = f"{self.who(*seated)} " + (("resumes" if number == 1 else "resume") if resumed else
+                                              ("is admitted" if number == 1 else "are admitted"))
         parts = []
-        if found:
-            with_whom = f" beside {holder}" if holder and one and not resumed else ""
-            alike = len(seated) > 1 and len(set(seated.values())) == 1
-            parts.append(f"each finds {plural(found // len(seated), 'block')}" if alike else
-                         f"{plural(found, 'block')} found{with_whom}")
+        if found and number > 1 and len(set(seated.values())) == 1:
+            parts.append(f"each finds {plural(found // number, 'block')}")
+        elif found:
+            with_whom = f" beside {holder}" if holder and number == 1 and not resumed else ""
+            parts.append(f"{plural(found, 'block')} found{with_whom}")
         if restored:
             parts.append(f"{restored} back from CPU memory")
-        if taken:
-            parts.append(f"{taken if parts else plural(taken, 'block')} taken")
-        self.say("shares" if found and not resumed else name, f"{deed}: {', '.join(parts)}" if parts else deed)
+            self.why = WHY["swaps"]
+        if taken > restored:
+            parts.append(f"{taken - restored if parts else plural(taken - restored, 'block')} taken")
+        name = "resumes" if resumed else "shares" if found else "admitted"
+        self.say(name, f"{deed}: {', '.join(parts)}" if parts else deed)
+        self.also += ["admitted"] * (resumed < number) + ["swaps"] * (restored > 0)
         if found and not resumed:
             self.say("admitted", f"{found * self.state.block_size:,} tokens need no computing")
             first = next(request_id for request_id, blocks in seated.items() if blocks)
@@ -269,27 +286,27 @@ class Telling:
         elif full:
             self.say("publishes", f"{len(full)} blocks are full, and can be found")
         if not self.clauses:
-            self.say("computes", f"{self.who(*gained)} {'gains a token' if len(gained) == 1 else 'gain a token each'}"
+            self.say("gains", f"{self.who(*gained)} {'gains a token' if len(gained) == 1 else 'gain a token each'}"
                      if gained else "the computed tokens are recorded: more of the prompt is to come")
 
     def _ended(self, ended: list[str], given: int, cached_before: int, free_before: int) -> None:
         cached = sum(map(self.state.is_cached, self.state.published))
         free = sum(holders == 0 for holders in self.state.holders) - cached
         stay, gone = cached - cached_before, free - free_before
-        kept = given - stay - gone
         parts = [f"{number} {one if number == 1 else many}" for number, one, many in (
             (stay, "stays cached", "stay cached"), (gone, "is free", "are free"),
-            (kept if len(ended) == 1 else 0, "is still held", "are still held")) if number]
-        verb = "is done" if len(ended) == 1 else "are done"
-        name = "finishes"
-        reason = self.state.sequences[ended[0]].reason
-        if reason in ("abort", "error"):
-            name = "aborted"
-            verb = {"abort": "is aborted", "error": "ends with an error"}[reason]
-        of = f"its {plural(given, 'block')}" if len(ended) == 1 else "their blocks"
-        rest = f": of {of} {', '.join(parts)}" if given else ", and held no block"
-        self.say(name, f"{self.who(*ended)} {verb}{rest}")
-        if stay and gone and len(ended) == 1:
+            (given - stay - gone if len(ended) == 1 else 0, "is still held", "are still held")) if number]
+        rest = ", and held no block"
+        if given:
+            of = f"its {plural(given, 'block')}" if len(ended) == 1 else "their blocks"
+            rest = f": of {of} {', '.join(parts)}"
+        how = {reason: [request_id for request_id in ended if self.state.sequences[request_id].reason in reasons]
+               for reason, reasons in ENDS.items()}
+        for name, who in how.items():
+            if who:
+                verb = VERBS[name][len(who) > 1]
+                self.say(name, f"{self.who(*who)} {verb}{rest if len(who) == len(ended) else ''}")
+        if stay and gone and len(how["finishes"]) == len(ended) == 1:
             self.ask(f"{capital(self.who(*ended))} has its last token. What becomes of its blocks?",
                      ["all are free, and erased", "full ones stay cached, the others are free",
                       "they stay reserved for it"], 1)
@@ -302,22 +319,22 @@ class Telling:
 
     def _storm(self) -> None:
         list(self.each())
-        self.say("storm", "eviction storm: work is thrown away nearly as fast as it is done")
-        self.why = f"{WHY['storm']} {self.frame.events[0][1]}."
+        _, cause, again, computed, steps = self.frame.events[0]
+        self.say("storm", f"eviction storm: {again} of the {computed} tokens of the last {steps} steps were computed "
+                 "again")
+        self.why = f"{WHY['storm']} {cause}."
 
 
 def narrate(header: Line, lines: Iterator[Line],
             before: Callable[[State, Frame], None] = lambda state, frame: None) -> Iterator[tuple[State, Told]]:
     """Each frame with its caption, and the state after it. `before` is told each frame and the state before it."""
-    state, labels = State(header), {}
+    state, names = State(header), {}
     for frame in frames(lines):
         for event in frame.events:
             if event[0] == "add":
-                line = event[1]
-                members = [line["add"], *line["followers"]]
-                labels |= {member: member if len(members) > 1 else line["group"] for member in members}
+                names |= labels(event[1])
         before(state, frame)
-        yield state, Telling(state, frame, labels).told()
+        yield state, Telling(state, frame, names).told()
 
 
 def plural(number: int, noun: str) -> str:

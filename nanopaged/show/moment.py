@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from nanopaged.show.captions import Told, narrate
 from nanopaged.show.reading import Line, read
-from nanopaged.show.replay import Frame, State
+from nanopaged.show.replay import Frame, State, labels
 
 
 class Moment(NamedTuple):
@@ -36,7 +36,7 @@ def moments(path: str) -> Iterator[Moment]:
     """The frames of a recording, one after another. Raises as `read` does."""
     lines = read(path)
     header = next(lines)
-    labels: dict[str, str] = {}
+    names: dict[str, str] = {}
     texts: dict[str, str] = {}
     looks: list[tuple[int, int, bool]] = []
 
@@ -44,8 +44,7 @@ def moments(path: str) -> Iterator[Moment]:
         for line in lines:
             texts.update(line.get("texts", {}))
             if "add" in line:
-                members = [line["add"], *line["followers"]]
-                labels.update({member: member if members[1:] else line["group"] for member in members})
+                names.update(labels(line))
             yield line
 
     def note_looks(state: State, frame: Frame) -> None:
@@ -53,7 +52,7 @@ def moments(path: str) -> Iterator[Moment]:
 
     for state, told in narrate(header, noting(lines), note_looks):
         changed = {block for block, look in enumerate(_looks(state)) if look != looks[block]}
-        yield Moment(state, told, labels, texts, changed)
+        yield Moment(state, told, names, texts, changed)
 
 
 def _looks(state: State) -> list[tuple[int, int, bool]]:

@@ -14,12 +14,14 @@ from typing import Any
 
 from nanopaged.show.captions import Told, narrate
 from nanopaged.show.reading import Event, Line, read
-from nanopaged.show.replay import State
+from nanopaged.show.replay import State, labels
 from nanopaged.show.rules import RARE
 
 PAGE = Path(__file__).with_name("page")
 SCRIPTS = ("replay.js", "drawing.js", "pool.js", "twin.js", "player.js")
-MOST_FRAMES = 40_000
+LAST = 10**9  # a step after any other
+ALIKE = 16  # tokens that two requests have in common if it is worth looking for more
+MOST_FRAMES = 10_000
 MOST_CELLS = 40_000_000  # blocks times frames
 # Of the counts of LLM.stats(), those that page/replay.js keeps.
 COUNTS = ("num_steps", "num_finished", "num_preemptions", "computed_tokens", "recomputed_tokens", "output_tokens",
@@ -29,7 +31,7 @@ Scene = dict[str, Any]
 
 def page(scenes: list[Scene], title: str) -> str:
     """The HTML of a movie; each scene is what `pool_scene` or `twin.twin_scene` returns."""
-    data = json.dumps({"title": title, "scenes": scenes}, separators=(",", ":"), ensure_ascii=False)
+    data = json.dumps({"title": title, "scenes": scenes}, separators=(",", ":"))
     parts = {"TITLE": _escaped(title), "STYLE": _text("page.css"), "DATA": data.replace("<", "\\u003c"),
              "SCRIPT": "\n".join(map(_text, SCRIPTS))}
     first, *rest = _text("page.html").split("{{")
@@ -51,10 +53,10 @@ def pool_scene(path: str, title: str = "", intro: str = "", steps: tuple[int, in
     """
     lines = read(path)
     header = next(lines)
-    scene = Packing(header, steps or (1, 10**9)).scene(lines)
+    scene = Packing(header, steps or (1, LAST)).scene(lines)
     if not scene["frames"]:
-        raise ValueError(f"{path} has no step {f'from {steps[0]} to {steps[1]}' if steps else 'in it'}: "
-                         "there is nothing to show")
+        which = "in it" if not steps else f"from {steps[0]} " + ("on" if steps[1] == LAST else f"to {steps[1]}")
+        raise ValueError(f"{path} has no step {which}: there is nothing to show")
     return scene | {"title": title or Path(path).name, "intro": intro}
 
 
@@ -67,6 +69,7 @@ class Packing:
         self.requests: list[dict[str, Any]] = []
         self.texts: dict[str, str] = {}
         self.words: list[list[int]] = []  # all tokens of each request
+        self.beginnings: dict[tuple[int, ...], list[int]] = {}  # requests by their first tokens
         self.start: list[Event] | None = None  # what must be applied before the first frame
         self.asked: set[str] = set()
 
@@ -85,8 +88,7 @@ class Packing:
         if last is not None:
             for request_id, number in self.numbers.items():
                 self._words(self.requests[number], last.sequences[request_id])
-        keys = ("num_blocks", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "swap_blocks",
-                "text")
+        keys = ("num_blocks", "block_size", "max_model_len", "text")
         return {"kind": "pool", **{key: self.header[key] for key in keys}, "counts": _kept(self.header["counts"]),
                 "requests": self.requests, "texts": self.texts, "start": self.start or [], "frames": frames,
                 "rare": RARE}
@@ -95,10 +97,9 @@ class Packing:
         for line in lines:
             self.texts |= line.get("texts", {})
             if "add" in line:
-                members = [line["add"], *line["followers"]]
-                for member in members:
+                for member, label in labels(line).items():
                     self.numbers[member] = len(self.requests)
-                    self.requests.append({"label": member if members[1:] else line["group"], "max": line["max_length"],
+                    self.requests.append({"label": label, "max": line["max_length"],
                                           "leader": self.numbers[line["add"]]})
             yield line
 
@@ -160,10 +161,12 @@ class Packing:
         if request.token_ids is None:
             return
         best, like = 0, None
-        for number, other in enumerate(self.words):
-            common = _common(other, request.token_ids)
+        alike = self.beginnings.setdefault(tuple(request.token_ids[:ALIKE]), [])
+        for number in alike[:1] + alike[-3:]:  # the first and the last few: all would take too long
+            common = _common(self.words[number], request.token_ids)
             if common > best:
                 best, like = common, number
+        alike.append(len(self.words))
         self.words.append(request.token_ids)
         packed["like"], packed["tokens"] = [like, best] if like is not None else None, request.token_ids[best:]
 

@@ -73,6 +73,7 @@ class Recorder:
         self.scheduler, self.file, self.tokenizer, self.text = scheduler, file, tokenizer, text
         self.step: Line | None = None  # that was planned, and is not recorded yet
         self.events: list[Event] = []  # since the last line, or since the plan
+        self.later: list[Line] = []  # requests that arrived since the plan
         self.num_steps = 0
         self.known_texts: set[int] = set()  # token ids whose text is in the file
         self.needing: Request | None = None  # that others give way to
@@ -108,18 +109,21 @@ class Recorder:
 
     def added(self, request: Request) -> None:
         """A request arrived; or it was there when the recording began, and then it says how far it has come."""
-        self.finish_step(recorded=False)
         token_ids = request.token_ids
         line = {"add": request.request_id, "group": request.group_id, "t": self.scheduler.clock(),
                 "prompt": self.tokens(token_ids[: request.num_prompt_tokens]), "max_length": request.max_length,
-                "followers": [follower.request_id for follower in request.followers]}
+                "n": request.params.n, "followers": [follower.request_id for follower in request.followers]}
         if request.status is RequestStatus.RUNNING or request.metrics.preemptions:
             swapped = getattr(self.scheduler, "swapped", {}).get(request)
             line |= {"output": self.tokens(request.output_token_ids), "status": request.status.value,
                      "computed": request.num_computed_tokens, "most_computed": request.most_computed_tokens,
                      "table": request.block_table[:], "preemptions": request.metrics.preemptions,
                      "swapped_blocks": len(swapped.blocks) if swapped else 0}
-        self.write(line | self.texts_of(token_ids))
+        line |= self.texts_of(token_ids)
+        if self.step is None:
+            self.write(line)
+        else:  # a step is planned, and may still be recorded: its line comes first
+            self.later.append(line)
 
     def tokens(self, token_ids: list[int]) -> list[int] | int:
         """What the file says of tokens: their ids, or only how many they are."""
@@ -148,7 +152,7 @@ class Recorder:
             self.step["waits"] = waits
 
     def why_the_first_waits(self, step: Step) -> list[Any] | None:
-        """[request id, reason]; for "memory" also the blocks that it needs, those available, and those it finds."""
+        """[request id, reason, needed, available], of seats, or of blocks: then also how many it finds in the pool."""
         scheduler = self.scheduler
         if not scheduler.waiting:
             return None
@@ -158,7 +162,7 @@ class Recorder:
         if any(event[0] == "preempt" for event in self.step["events"]):
             return [first.request_id, "preempted"]  # nobody is admitted in a step that took blocks from others
         if scheduler.committed_seats + first.num_seats > scheduler.max_num_seqs:
-            return [first.request_id, "seats"]
+            return [first.request_id, "seats", first.num_seats, scheduler.max_num_seqs - scheduler.committed_seats]
         return [first.request_id, "budget"]
 
     def timed(self, logits_of: Any) -> Any:
@@ -195,11 +199,15 @@ class Recorder:
                 line["failed"] = list(failed)
             if self.storms_so_far() > self.num_storms:
                 self.num_storms = self.storms_so_far()
-                line["storm"] = self.storm_watch().cause()
+                watch = self.storm_watch()
+                line["storm"] = [watch.cause(), watch.window.recomputed_tokens, watch.window.computed_tokens,
+                                 len(watch.steps)]
         elif events:
             line["after" if "plan" in line else "events"] = events  # a policy raised in the middle of planning
         line.pop("planned_t", None)
-        self.write(line)
+        for each in (line, *self.later):
+            self.write(each)
+        self.later = []
 
     def recorded(self, step: Step, computed_t: float, failed: Iterable[Request]) -> None:
         sampled = [request for _, request in step.sampled]

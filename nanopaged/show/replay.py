@@ -54,6 +54,11 @@ class Frame(NamedTuple):
         return f"{self.step}.{self.part}"
 
 
+def labels(line: Line) -> dict[str, str]:
+    """What to call the requests of an "add" line, by their ids: by the user's id, if each is the only continuation."""
+    return {member: member if line["n"] > 1 else line["group"] for member in (line["add"], *line["followers"])}
+
+
 class State:
     """The pool and the requests after the events so far; begins with a recording's header."""
 
@@ -183,7 +188,7 @@ class State:
     def _on_wait(self, *why: object) -> None:
         pass  # says why the first waiting request is not admitted
 
-    def _on_storm(self, cause: str) -> None:
+    def _on_storm(self, cause: str, again: int, computed: int, steps: int) -> None:
         pass
 
     def _on_fail(self, what: str) -> None:
@@ -283,7 +288,9 @@ def frames(lines: Iterable[Line]) -> Iterator[Frame]:
         if "add" in line:
             arrived.append(["add", line])
             continue
-        yield from cut(arrived, line, "arrive")
+        present = [event for event in arrived if "table" in event[1]]
+        yield from cut(present, line, "begin")
+        yield from cut(arrived[len(present):], line, "arrive")
         arrived = []
         if "step" not in line:
             yield from cut(line["events"], line, "abort")
@@ -303,7 +310,7 @@ def frames(lines: Iterable[Line]) -> Iterator[Frame]:
             tokens = [["token", *row] for row in line["tokens"]]
             yield from cut([*_recorded_in_order(tokens, line["after"]), ["recorded", failed_tokens]], line, "record")
             if "storm" in line:
-                yield from cut([["storm", line["storm"]]], line, "storm")
+                yield from cut([["storm", *line["storm"]]], line, "storm")
         else:
             yield from cut([["fail", line.get("error", "it was not carried out")]], line, "fail")
         step, part = step + 1, 0

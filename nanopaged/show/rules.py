@@ -1,12 +1,13 @@
-"""Why does the system do what a frame shows? The rule behind each kind of event, for one who sees it first."""
+"""Why does the system do what a frame shows? The rule behind each kind of event, in a sentence or two."""
 
 from __future__ import annotations
 
 # The rule behind each kind of event.
 WHY = {
-    "arrives": "It joins the queue, and holds no memory yet.",
-    "waits": "Waiting requests are admitted in order. The first that does not fit stops those behind it: nobody "
-             "overtakes, and nobody who runs gives way to it.",
+    "begins": "What happened before is not in the recording.",
+    "arrives": "A request that arrives joins the queue, and holds no memory yet.",
+    "waits": "Waiting requests are admitted in order. The first that does not fit stops those behind it, and no "
+             "running request gives way to it.",
     "admitted": "It gets blocks for the tokens that this step computes, and no more: wherever they are free.",
     "shares": "A full block is found by its words and by all that comes before them. Its K and V need not be "
               "computed again, and all block tables that name it point at the same cell.",
@@ -20,16 +21,18 @@ WHY = {
     "no copy": "It is the last holder, so nobody could notice: it writes where it is.",
     "gives way": "Of the running requests the last in order gives way, so the first always advances. It keeps its "
                  "words, and waits. Its full blocks stay cached: what is left of them later is found again.",
-    "swaps": "Its own blocks are copied to CPU memory, so that they need not be computed again.",
+    "swaps": "Blocks that it holds alone are copied to CPU memory, and back when it resumes, instead of being computed "
+             "again.",
     "computes": "K and V of these tokens are written into their slots, in all layers.",
+    "gains": "The logits of a request's last row give its next token. It is known, and computed in a later step.",
     "starts": "The prompt is computed once. Each continuation holds all its blocks, the partly filled last one too, "
               "until one of them writes into it.",
     "publishes": "A full block never changes. From here on others find it by its words and by what comes before them.",
     "duplicate": "Two requests computed the same words in the same step. One copy is enough: both hold the first.",
     "finishes": "Full blocks stay findable, as cached blocks, until their memory is needed. Others are free at once.",
     "aborted": "Its blocks go back in the middle of its work.",
+    "error": "Its logits are not finite: a weight is not, or half precision overflows. Its last blocks are not shared.",
     "fails": "A step computes first and records last. So nothing is lost: the same tokens are planned again.",
-    "storm": "Goodput, the share of computed tokens that were computed for the first time, is below 0.8: work is "
-             "thrown away nearly as fast as it is done.",
+    "storm": "Goodput, the share of computed tokens that were computed for the first time, is below 0.8.",
 }
-RARE = [name for name in WHY if name not in ("takes", "computes", "publishes", "arrives")]  # worth a jump
+RARE = [name for name in WHY if name not in ("takes", "computes", "gains", "publishes", "arrives")]  # worth a jump

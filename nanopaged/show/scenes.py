@@ -6,6 +6,7 @@ recorded as they run, and every answer is checked.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -70,19 +71,20 @@ SCENES = [
               round_and_round(2, "Dear clerk, who took my umbrella? ", 24, GREETING),
               round_and_round(4, "Dear clerk, do you have any maps? ", 24, GREETING)]),
     Scene("copy-on-write", "One prompt, three continuations. They share all blocks, even the last one, which is not "
-          "full. Who writes into it first gets a copy, and so does the second. The third has it for itself.", [
+          "full. The first that writes into it gets a copy, and so does the second. Then the third has it for "
+          "itself.", [
               Arrival(0, CAT_OR_BAT, SamplingParams(n=3, seed=3, temperature=2.0, max_tokens=24),
                       (" cat, black as the night", " bat, black as the night"))]),
-    Scene("cached, found, evicted", "When a request ends, its full blocks stay: cached, held by nobody. Who asks with "
-          "the same beginning finds them. Only when no block is free are they used for others, the least recently used "
-          "first.", [
+    Scene("cached, found, evicted", "When a request ends, its full blocks stay: cached, held by nobody. A request "
+          "with the same beginning finds them. Only when no block is free are they used for others, the least recently "
+          "used first.", [
               round_and_round(0, "Dear clerk, where is the blue book? ", 12, GREETING),
               round_and_round(14, "Dear clerk, when do you open today? ", 12, GREETING),
               round_and_round(28, "A stranger writes on and on, of wind and of rain and of the sea. ", 90),
               round_and_round(28, "Another tells of mountains that nobody ever climbed in winter. ", 90)]),
-    Scene("full", "The pool is full, and a request needs one more block. The youngest of those that run gives way, "
-          "waits, and resumes when there is room. It keeps its words. What of their K and V is still in the pool by then "
-          "is found again, the rest is computed again.", [
+    Scene("full", "The pool is full, and a request needs one more block. The youngest running request gives way, "
+          "waits, and resumes when there is room. It keeps its words. What of its K and V is still in the pool by "
+          "then is found again, the rest is computed again.", [
               round_and_round(0, "On busy nights every box in the library was taken by dusk. ", 64),
               round_and_round(0, "The family that had come last was asked to wait in the hall. ", 64),
               round_and_round(0, "Careful counting makes good use of the room that there is. ", 64),
@@ -117,6 +119,9 @@ def record_all(make_llm: Callable[..., LLM]) -> tuple[list[dict[str, object]], l
     `make_llm` makes an engine, with the given options of LLM.
     """
     shown, wrong = [], []
+    log = logging.getLogger("nanopaged")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a storm is provoked here, and shown
     with TemporaryDirectory() as folder:
         for number, scene in enumerate(SCENES, 1):
             show_progress(f"scene {number} of {len(SCENES)}: {scene.title}")
@@ -125,5 +130,6 @@ def record_all(make_llm: Callable[..., LLM]) -> tuple[list[dict[str, object]], l
             with record(llm, path):
                 wrong += [f"scene {number} ({scene.title}): {sentence}" for sentence in play(llm, scene.arrivals)]
             shown.append(pool_scene(path, scene.title, scene.intro))
+    log.setLevel(level)
     show_progress("")
     return shown, wrong

@@ -226,9 +226,10 @@ class TerminalPicture(Listener):
         missing = blocks_for(len(first.token_ids), self.block_size) - len(prefix)
         left = allocator.num_available - sum(allocator.ref_count(block) == 0 for block in prefix)
         if self.scheduler.committed_seats + first.num_seats > self.scheduler.max_num_seqs:
-            why = f"all {self.scheduler.max_num_seqs} seats are taken"
+            why = (f"{names[0]} needs {first.num_seats} of {self.scheduler.max_num_seqs} seats, and "
+                   f"{self.scheduler.committed_seats} are taken")
         elif missing > left:
-            why = f"{names[0]} needs {missing} blocks, {left} are left"
+            why = f"{names[0]} needs {missing} more, and {left} of the blocks are left"
         elif self.step.preempted:
             why = "what is left is for those that gave way"
         elif self.step.budget == 0:
@@ -294,6 +295,9 @@ def folded(parts: Iterable[str], columns: int) -> list[str]:
     for part in parts:
         if lines and width(lines[-1]) + len(", ") + width(part) < columns:
             lines[-1] += f", {part}"
+        elif lines:
+            lines[-1] = cut(f"{lines[-1]},", columns)
+            lines.append(cut(part, columns))
         else:
             lines.append(cut(part, columns))
     return lines

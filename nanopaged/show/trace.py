@@ -67,7 +67,7 @@ class _Tracer:
         """One frame; what the scheduler decides happens when its step begins."""
         if frame.kind in ("record", "fail"):
             self.begin_step(frame)
-        elif frame.kind != "arrive":
+        elif frame.kind not in ("begin", "arrive"):
             self.advance(frame.line["t"])
         for event in frame.events:
             self.state.apply(event)
@@ -127,7 +127,7 @@ class _Tracer:
             case ["end", request_id, reason]:
                 self.close(request_id, {"ended": reason})
                 del self.slices[request_id]
-            case ["storm", cause]:
+            case ["storm", cause, *_]:
                 self.instant("storm", None, {"cause": cause})
             case ["fail", why]:
                 self.instant("failed step", None, {"error": why})

@@ -67,7 +67,7 @@ def test_one_request_is_told_from_arrival_to_end(story: Callable[..., Story]) ->
         "Request 0.0 arrives: 7 tokens of prompt.", "Request 0.0 is admitted: 2 blocks taken.",
         "Request 0.0 computes 7 tokens.", "Block 0 is full, and can be found.",
         "Request 0.0 computes its newest token.", "Block 1 is full, and can be found.",
-        "Request 0.0 takes block 2 for its next tokens.", "Request 0.0 computes its newest token.",
+        "Request 0.0 takes block 2 for the next tokens.", "Request 0.0 computes its newest token.",
         "Request 0.0 is done: of its 3 blocks 2 stay cached, 1 is free."]
 
 
@@ -93,7 +93,7 @@ def test_copies_are_counted_down_and_the_last_writer_needs_none(story: Callable[
     assert "Request 0.2 writes into block 1: no copy, nobody else holds it." in captions
 
 
-def test_who_gives_way_is_told_with_who_needs_it_and_what_is_left(story: Callable[..., Story]) -> None:
+def test_a_request_that_gives_way_is_told_with_the_one_that_needs_a_block(story: Callable[..., Story]) -> None:
     run = story(4)
     run.add([1, 2, 3, 4, 5, 6, 7], max_tokens=6)
     run.add([11, 12, 13, 14, 15, 16], max_tokens=6)
@@ -124,7 +124,7 @@ def test_blocks_that_go_to_cpu_memory_and_back_are_told(story: Callable[..., Sto
     assert re.search(r"Request 1\.0 resumes: .*back from CPU memory", captions), captions
 
 
-def test_an_evicted_block_is_told_with_who_gets_it(story: Callable[..., Story]) -> None:
+def test_an_evicted_block_is_told_beside_the_request_that_takes_it(story: Callable[..., Story]) -> None:
     run = story(3)
     run.add([1, 2, 3, 4, 5], max_tokens=1)
     run.step()
@@ -134,9 +134,69 @@ def test_an_evicted_block_is_told_with_who_gets_it(story: Callable[..., Story]) 
     assert told.caption == "Request 1.0 is admitted: 3 blocks taken. Cached block 0 is evicted."
 
 
+def test_only_requests_that_found_no_free_block_are_named_with_an_evicted_one(story: Callable[..., Story]) -> None:
+    run = story(6)
+    run.add([1, 2, 3, 4, 5], max_tokens=1)
+    run.step()  # block 0 is cached
+    run.add([11, 12, 13, 14, 15, 16, 17], max_tokens=4)
+    run.add([21, 22, 23, 24, 25, 26, 27], max_tokens=4)
+    run.step(3)
+    assert "1 free block first, then cached block 0 is evicted for request 2.0." in run.captions()
+
+
+def test_requests_that_resume_and_those_that_come_first_are_counted_apart(story: Callable[..., Story]) -> None:
+    run = story(5)
+    run.add([1, 2, 3, 4, 5, 6, 7], max_tokens=6)
+    run.add([11, 12, 13, 14, 15, 16], max_tokens=6)
+    run.step(4)
+    run.add([21, 22], max_tokens=2)
+    run.step(5)
+    captions = run.captions()
+    assert re.search(r"1 request resumes, 1 is admitted: ", captions), captions
+
+
+def test_ends_of_different_kinds_are_told_apart(story: Callable[..., Story]) -> None:
+    run = story(16)
+    for first in (1, 11, 21):
+        run.add([first, 2, 3, 4, 5], max_tokens=1)
+    step = run.scheduler.schedule()
+    failing = step.requests[1]
+    run.scheduler.update(step, {request: 50 for _, request in step.sampled}, failed={failing: "not finite"})
+    run.add([31, 2], n=2)
+    run.scheduler.abort(run.added[-1])
+    told = run.told()
+    (ends,) = [each for each in told if "error" in each.names]
+    assert ends.caption == "Requests 0.0 and 2.0 are done. Request 1.0 ends with an error."
+    assert told[-1].caption == "Requests 3.0 and 3.1 are aborted, and held no block."
+
+
+def test_no_question_has_two_right_answers(story: Callable[..., Story]) -> None:
+    run = story(4)
+    run.add([1, 2, 3, 4, 5], max_tokens=3)
+    run.add([11, 12, 13, 14, 15, 16, 17], max_tokens=5)
+    run.step(6)
+    (gives_way,) = [told for told in run.told() if told.names[0] == "gives way"]
+    assert "gives back its own" in gives_way.caption and gives_way.question is None
+
+
+def test_continuations_that_run_when_the_recording_begins_have_names_of_their_own(story: Callable[..., Story],
+                                                                                  tmp_path: Path) -> None:
+    run = story(16)
+    run.add([1, 2, 3, 4, 5], n=2)
+    run.step()
+    run.recording.__exit__(None, None, None)
+    run.recording = record(run.scheduler, run.path)
+    run.recording.__enter__()
+    run.add([9, 8])
+    run.step()
+    captions = run.captions().splitlines()
+    assert captions[:2] == ["The recording begins: requests 0.0 and 0.1 are here, 2 run.",
+                            "Request 1.0 arrives: 2 tokens of prompt."]
+
+
 @pytest.mark.parametrize("options, reason", [
     ({"num_blocks": 4}, "it needs 3 blocks, 1 is available"),
-    ({"num_blocks": 9, "seats": 1}, "every seat in the batch is taken"),
+    ({"num_blocks": 9, "seats": 1}, "it needs 1 seat in the batch, none is free"),
     ({"num_blocks": 9, "budget": 9}, "this step's tokens are used up")])
 def test_the_first_that_waits_is_told_with_the_reason(options: dict[str, int], reason: str,
                                                       story: Callable[..., Story]) -> None:
@@ -172,7 +232,9 @@ def test_a_storm_is_told_with_its_cause(tmp_path: Path) -> None:
         storm(scheduler, random.Random(0))
     lines = read(path)
     told = next(told for _, told in narrate(next(lines), lines) if told.frame.kind == "storm")
-    assert told.caption.startswith("Eviction storm: ") and "Likely cause: " in told.why
+    again, computed, steps = re.fullmatch(r"Eviction storm: (\d+) of the (\d+) tokens of the last (\d+) steps were "
+                                          r"computed again\.", told.caption).groups()
+    assert "Likely cause: " in told.why and int(again) > 0.2 * int(computed) and steps == "64"
 
 
 def test_captions_of_random_runs_are_short_and_their_figures_are_those_of_the_state(tmp_path: Path) -> None:
@@ -180,6 +242,7 @@ def test_captions_of_random_runs_are_short_and_their_figures_are_those_of_the_st
     for seed in range(60):
         print(f"seed {seed}")
         run = RandomRun(seed)
+        run.go_on(run.rng.choice([0, 20]))
         with record(run.scheduler, path):
             run.go_on(100)
         lines, held = read(path), {}

@@ -51,6 +51,21 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_run(name: str, llm:
     assert llm.stats().num_steps == 0
 
 
+def test_two_files_must_not_be_the_same(llm: LLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be different files"):
+        with kept(llm, movie=str(tmp_path / "file"), trace=str(tmp_path / "." / "file")):
+            run(llm)
+    assert llm.stats().num_steps == 0
+
+
+def test_of_a_run_that_is_interrupted_there_is_what_happened_until_then(llm: LLM, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        with kept(llm, movie=str(tmp_path / "movie"), trace=str(tmp_path / "trace")):
+            run(llm)
+            raise KeyboardInterrupt
+    assert {path.name for path in tmp_path.iterdir()} == {"movie", "trace"}
+
+
 def test_scenes_before_come_before(llm: LLM, tmp_path: Path) -> None:
     first, movie = str(tmp_path / "first"), tmp_path / "movie"
     with kept(llm, recording=first):

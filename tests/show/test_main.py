@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,11 +52,25 @@ def test_a_trace_is_written_instead_of_a_page(recording: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
 
 
+@pytest.mark.parametrize("damage", [lambda lines: [lines[0], *lines[4:]], lambda lines: ['{"step": 1}', *lines[1:]],
+                                    lambda lines: [lines[0], '{"step": 1}', *lines[1:]]])
+def test_a_damaged_recording_is_refused_in_one_line(damage: Callable[[list[str]], list[str]], recording: Path,
+                                                   tmp_path: Path) -> None:
+    path = tmp_path / "damaged.jsonl"
+    path.write_text("\n".join(damage(recording.read_text().splitlines())) + "\n")
+    done = show(path)
+    assert done.returncode == 2 and "damaged.jsonl" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
 @pytest.mark.parametrize("arguments, words", [
     ([], "give the FILE of a recording, or --tour"), (["missing.jsonl"], "No such file"), (["README.md"], "README.md"),
     (["RECORDING", "--steps", "9"], "--steps must be A:B, two numbers of steps, got '9'"),
     (["RECORDING", "--steps", "9:5"], "--steps must go from 1 or more to no less, got '9:5'"),
-    (["RECORDING", "--steps", "900:"], "no step from 900")])
+    (["RECORDING", "--steps", "900:"], "has no step from 900 on: there is nothing to show"),
+    (["RECORDING", "--trace", "trace.json", "--steps", "1:2"], "--steps would have no effect beside --trace"),
+    (["RECORDING", "--tour"], "FILE would have no effect beside --tour"),
+    (["RECORDING", "--out", "RECORDING"], "is the recording itself, which would be overwritten"),
+    (["RECORDING", "--trace", "RECORDING"], "is the recording itself, which would be overwritten")])
 def test_a_mistake_gets_one_line_and_status_2(arguments: list[str], words: str, recording: Path) -> None:
     done = show(*[recording if argument == "RECORDING" else argument for argument in arguments])
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tests.recordings
+from tests.crowds import request_with
 from tests.faults import InjectedFault
 from tests.oracle import tiny_model
 from tests.recordings import RandomRun, recorded, storm, tight_scheduler
@@ -185,7 +186,7 @@ def test_a_step_has_its_plan_its_tokens_and_why_the_first_request_waits(model: G
     assert [line["tokens"][0] for line in steps[:8]] == [["0.0", token_id] for token_id in first]
     assert all(line["recorded"] for line in steps)
     reasons = [line.get("waits") for line in steps]
-    assert reasons[:2] == [["2.0", "budget"], ["3.0", "seats"]] and reasons[-1] is None
+    assert reasons[:2] == [["2.0", "budget"], ["3.0", "seats", 1, 0]] and reasons[-1] is None
 
 
 def test_the_reason_of_waiting_for_memory_has_its_numbers(tmp_path: Path) -> None:
@@ -252,6 +253,16 @@ def test_a_step_in_whose_planning_a_policy_raises_keeps_what_has_happened(tmp_pa
     assert found > 0
 
 
+def test_a_request_that_arrives_between_a_plan_and_its_end_does_not_lose_the_step(tmp_path: Path) -> None:
+    scheduler, path = tight_scheduler(0), tmp_path / "run.jsonl"
+    with record(scheduler, str(path)):
+        scheduler.add(request_with(0, [1, 2, 3]))
+        step = scheduler.schedule()
+        scheduler.add(request_with(1, [4, 5]))
+        scheduler.update(step, {request: 7 for _, request in step.sampled})
+    assert [line.get("add", line.get("recorded")) for line in lines_of(path)[1:]] == ["0.0", True, "1.0"]
+
+
 def test_a_storm_is_in_the_step_in_which_it_begins_with_its_cause(
         tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, scheduler = tmp_path / "run.jsonl", tight_scheduler(1)
@@ -259,9 +270,10 @@ def test_a_storm_is_in_the_step_in_which_it_begins_with_its_cause(
         storm(scheduler, random.Random(1))
     (warning,) = [entry.getMessage() for entry in caplog.records if "eviction storm" in entry.getMessage()]
     (line,) = [line for line in steps_of(path) if "storm" in line]
-    assert line["step"] >= 64 and warning.endswith(line["storm"]) and "ikely cause" in line["storm"]
+    assert line["step"] >= 64 and warning.endswith(line["storm"][0]) and "ikely cause" in line["storm"][0]
+    assert f"({line['storm'][1]} of {line['storm'][2]} tokens were computed before)" in warning
     storms = [(frame.step, frame.events) for frame in frames(lines_of(path)[1:]) if frame.kind == "storm"]
-    assert storms == [(line["step"], [["storm", line["storm"]]])]
+    assert storms == [(line["step"], [["storm", *line["storm"]]])]
 
 
 # Beside the report of a test that fails.

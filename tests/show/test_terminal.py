@@ -180,7 +180,8 @@ def test_words_grow_while_a_block_is_filled(stage: Callable[..., Stage]) -> None
 
 
 @pytest.mark.parametrize("options, reason", [
-    ({"num_blocks": 6}, "1 needs 3 blocks, 2 are left"), ({"seats": 1}, "all 1 seats are taken"),
+    ({"num_blocks": 6}, "1 needs 3 more, and 2 of the blocks are left"),
+    ({"seats": 1}, "1 needs 1 of 1 seats, and 1 are taken"),
     ({"budget": 15}, "the step's tokens are used up"),
     ({"admission": lambda context: context.committed == 0}, "the policy keeps the 36 blocks left")])
 def test_the_waiting_line_says_why_the_first_waits(options: dict[str, object], reason: str,
@@ -205,7 +206,7 @@ def test_text_that_would_command_a_terminal_is_escaped() -> None:
 
 
 def test_parts_share_a_line_while_they_fit() -> None:
-    assert folded(["aa", "bb", "cc"], 7) == ["aa, bb", "cc"] and folded(["abcdef"], 5) == ["ab..."]
+    assert folded(["aa", "bb", "cc"], 7) == ["aa, bb,", "cc"] and folded(["abcdef"], 5) == ["ab..."]
 
 
 def test_blocks_that_follow_one_another_are_one_entry_of_a_table() -> None:

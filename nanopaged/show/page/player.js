@@ -62,13 +62,14 @@ class Player {
     const wanted = new URLSearchParams(location.hash.slice(1)), number = Number(wanted.get("scene") ?? 1) - 1;
     if (![...wanted.keys()].length) return false;
     if (!this.data.scenes[number]) {
+      if (!this.scene) this.open(0);
       this.said.textContent = `there is no scene ${wanted.get("scene")}`;
-      return false;
+      return true;
     }
     if (number !== this.number) this.open(number, false);
     const frame = wanted.has("step") ? this.scene.find(wanted.get("step")) : 0;
-    if (frame < 0) this.said.textContent = `there is no step ${wanted.get("step")} in this scene`;
     this.show(Math.max(0, frame));
+    if (frame < 0) this.said.textContent = `there is no step ${wanted.get("step")} in this scene; this is its first`;
     return true;
   }
 
@@ -87,6 +88,7 @@ class Player {
     this.eventKind.replaceChildren(element("option", {value: ""}, "of any kind"),
                                    ...kinds.map(kind => element("option", {value: kind}, kind)));
     this.eventKind.parentElement.hidden = !kinds.length;
+    for (const id of ["ask", "search"]) document.getElementById(id).closest("label, form").hidden = scene.kind !== "pool";
     if (show) this.show(0);
   }
 
@@ -97,6 +99,7 @@ class Player {
   // Shows a frame; any question is over.
   show(i) {
     this.at = Math.max(0, Math.min(this.scene.length - 1, i));
+    this.said.textContent = "";
     this.isAsking = false;
     this.question.hidden = true;
     this.caption.hidden = this.why.hidden = false;
@@ -123,12 +126,13 @@ class Player {
     const next = this.at + 1;
     if (next >= this.scene.length) return this.pause();
     const {question} = this.scene.telling(next);
-    if (question && this.ask.checked) this.pose(question);
+    if (question && this.ask.checked) this.pose(question, next);
     else this.show(next);
   }
 
-  pose([text, choices, answer]) {
+  pose([text, choices, answer], next) {
     this.pause();
+    this.scene.anticipate(next);
     this.isAsking = true;
     this.caption.hidden = this.why.hidden = true;
     this.question.hidden = false;
@@ -148,8 +152,7 @@ class Player {
     fresh.forEach(name => this.met.add(name));
     if (fresh.length) {
       this.pause();
-      this.said.textContent = `paused: the first time that a request ${fresh[0]}. Play goes on.`.replace("a request storm",
-        "there is a storm");
+      this.said.textContent = `paused at the first event of this kind (${fresh[0]}); play goes on`;
     }
   }
 
@@ -177,9 +180,10 @@ class Player {
   }
 
   search() {
-    const found = this.scene.search(this.wanted.value);
-    this.said.textContent = found ? found.said : `no request has the number or the words “${this.wanted.value}”`;
+    const text = this.wanted.value, found = this.scene.search(text);
     if (found) this.show(found.to);
+    this.said.textContent = found ? found.said : text.trim() ? `no request has the number or the words “${text}”`
+      : "type the number of a request, or words of it";
   }
 
   key(event) {
@@ -214,7 +218,6 @@ class TwinPlayer {
   where(i) { return `second ${this.timeOf(i).toFixed(2)}, the same for all`; }
   telling(i) { return {caption: this.caption(i), names: [], why: "", question: null}; }
   kinds() { return []; }
-  isEvent() { return false; }
   search() { return null; }
 }
 

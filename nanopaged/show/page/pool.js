@@ -5,6 +5,7 @@ const MOST_WITH_TEXT = 512;  // blocks; beyond, the pool is drawn by density
 const MOST_SELECTED = 6;  // as many as there are hues
 const MOST_BOXES = 12;  // logical blocks of one request that are shown whole
 const LANE = 15;  // pixels
+const NARROW = 760;  // pixels; narrower windows show the links of small pools only
 const TAGS = {seat: "found", take: "taken", in: "brought back", copy: "copy", keep: "no copy", publish: "full"};
 
 // A request's label where there is little room, and block numbers stand beside it.
@@ -31,8 +32,7 @@ class PoolScene {
     this.lanes = new Uint8Array(length * scene.requests.length);
     this.still = new Uint8Array(length * blocks);
     this.areas = [];
-    this.log = [];  // [frame, name, caption]
-    this.swappedAt = new Set();
+    this.log = [];  // [frame, name] of what is worth a jump
     for (let i = 0; i < length; i++) {
       replay.seek(i);
       const s = replay.state, slots = [0, 0, 0, 0];
@@ -42,7 +42,7 @@ class PoolScene {
         slots[1] += held ? replay.size - s.filled[block] : 0;
         slots[2] += state === CACHED ? replay.size : 0;
         slots[3] += state === FREE ? replay.size : 0;
-        this.still[i * blocks + block] = state + (held && s.filled[block] < replay.size ? 4 : 0);
+        this.still[i * blocks + block] = state;
       }
       this.areas.push(slots);
       const computing = new Map();
@@ -95,10 +95,12 @@ class PoolScene {
         element("h2", {}, "Requests: their words, cut into logical blocks → physical block"), this.sequences,
         element("h2", {}, `The pool: ${scene.num_blocks} blocks, each with slots for ${scene.block_size} tokens`
           + (Object.values(scene.texts).length && Object.values(scene.texts).every(text => text.length === 1)
-             ? " (here a token is a single character)" : "")),
+             ? " (here a token is a single byte)" : "")),
         this.pool, legend),
       element("aside", {}, element("h2", {}, "This block"), this.detail, element("h2", {}, "After this frame"),
-        this.figures, element("h2", {}, "So far"), this.soFar, element("h2", {}, "The running requests would need"),
+        this.figures, element("h2", {}, "So far"),
+        scene.frames[0][0] > 1 ? element("p", {class: "hint"}, `Counts are from the start of the recording, events from `
+          + `step ${scene.frames[0][0]} on.`) : "", this.soFar, element("h2", {}, "The running requests would need"),
         this.otherwise),
       element("section", {"aria-label": "the whole run"}, element("h2", {}, "The whole run"), lanesLegend,
         element("div", {class: "scroll", tabindex: "0"}, this.lanesChart.root),
@@ -167,7 +169,10 @@ class PoolScene {
     const there = r => [WAITING, RUNNING, PREEMPTED].includes(this.replay.state.status[r]) && !this.replay.isPending(r);
     if (this.pinned !== null && there(this.pinned)) this.focus = this.pinned;
     else if (actors.length) this.focus = actors[0];
-    else if (this.focus === null || !there(this.focus)) this.focus = this.selected.find(there) ?? null;
+    else if (this.focus === null || !there(this.focus)) {
+      this.focus = this.selected.find(there) ?? this.replay.withStatus(RUNNING, WAITING, PREEMPTED)[0] ?? null;
+      if (this.focus !== null) this.select(this.focus);
+    }
   }
 
   select(r) {
@@ -195,13 +200,14 @@ class PoolScene {
 
   // The requests and blocks that a frame is about.
   about(i) {
-    const actors = [], tags = new Map();
+    const actors = [], takers = [], tags = new Map();
     let ghost = null;
     const s = this.replay.state;
     for (const [name, ...rows] of this.scene.frames[i][5])
       for (const row of rows) {
         if (name === "preempt") actors.push(row[1], row[0]);  // who needs the block comes first
-        if (["seat", "copy", "keep", "take", "twin", "start", "end"].includes(name)) actors.push(row[0]);
+        if (["seat", "copy", "keep", "twin", "start", "end"].includes(name)) actors.push(row[0]);
+        if (name === "take") takers.push(row[0]);
         if (name === "add") actors.push(row[0][0]);
         if (name === "seat" || name === "take") for (const block of row[1]) tags.set(block, TAGS[name]);
         if (name === "copy") {
@@ -216,10 +222,15 @@ class PoolScene {
         }
         if (name === "twin") tags.set(row[2], "the same");
       }
-    return {actors: [...new Set(actors)], tags, ghost};
+    return {actors: [...new Set([...actors, ...takers])], tags, ghost};
   }
 
-  draw(i) {
+  // A question about frame `i` is asked: shows whom it is about, and nothing of what happens.
+  anticipate(i) {
+    this.draw(this.frame, this.about(i).actors);
+  }
+
+  draw(i, about = null) {
     this.replay.seek(i - 1);
     const before = i >= 0 && this.withText ? this.replay.state.holders.slice() : null;
     const published = before && this.replay.state.published.slice();
@@ -239,11 +250,11 @@ class PoolScene {
           this.lost.set(block, wordsBefore[block]);
         }
       }
-    this.choose(actors);
+    this.choose(about ?? actors);
     this.drawSequences(tags);
     if (this.withText) this.drawCells(tags);
     else this.paintDensity();
-    this.drawLinks(ghost);
+    this.drawLinks(ghost, tags);
     this.drawFigures();
     for (const chart of this.charts) chart.show(Math.max(0, i));
     const lanes = this.lanesChart.root.parentElement, y = this.shown.indexOf(this.focus) * LANE;
@@ -295,7 +306,7 @@ class PoolScene {
                            style: {"--hue": hue}},
       element("button", {class: "name", "aria-pressed": String(this.pinned === r), title:
         "select this request, and keep it", onclick: () => this.pin(r)},
-        element("b", {}, `${this.pinned === r ? "📌 " : ""}request ${this.label(r)}`), element("small", {}, this.statusText(r))),
+        element("b", {}, `${this.pinned === r ? "• " : ""}request ${this.label(r)}`), element("small", {}, this.statusText(r))),
       logical);
   }
 
@@ -373,18 +384,22 @@ class PoolScene {
             width: this.square, height: this.square};
   }
 
-  // From each logical block of the request in focus to its cell; and from a block to its copy.
-  drawLinks(ghost) {
+  // From each logical block of the request in focus to its cell, and from those of others to shared cells that changed
+  // or are explained; and from a block to its copy.
+  drawLinks(ghost, tags) {
     const home = this.links.getBoundingClientRect(), paths = [];
-    const hue = this.hue(this.focus) || "var(--line)";
-    for (const box of this.sequences.querySelectorAll(".focus .box[data-at]")) {
-      const from = box.getBoundingClientRect(), to = this.cellAt(Number(box.dataset.at));
-      if (!from.width) continue;
+    if (this.isCompact && window.innerWidth < NARROW) return this.links.replaceChildren();
+    for (const box of this.sequences.querySelectorAll(".box[data-at]")) {
+      const block = Number(box.dataset.at), row = box.closest(".sequence"), isMine = row.classList.contains("focus");
+      const isShared = this.replay.state.holders[block] > 1 && (tags.has(block) || block === this.explained);
+      const from = box.getBoundingClientRect();
+      if (!from.width || !(isMine || isShared)) continue;
+      const to = this.cellAt(block), hue = row.style.getPropertyValue("--hue");
       const x = from.left + from.width / 2 - home.left, y = from.bottom - home.top;
       const u = to.left + to.width / 2 - home.left, v = to.top - home.top, bend = Math.max(12, (v - y) * 0.45);
       paths.push(svgPath(`M${u - 3},${v} a3,3 0 1 0 6,0 a3,3 0 1 0 -6,0`, {style: `stroke:${hue};fill:${hue}`}));
       paths.push(svgPath(`M${x},${y} C${x},${y + bend} ${u},${v - bend} ${u},${v}`, {style: `stroke:${hue}`,
-                                                                                     "data-link": box.dataset.at}));
+        [isMine ? "data-link" : "data-other"]: block}));
     }
     if (ghost) {
       const [from, to] = ghost.map(block => this.cellAt(block));
@@ -436,7 +451,7 @@ class PoolScene {
     for (const [title, names] of [["gave way", ["gives way"]], ["had to wait", ["waits"]], ["copied", ["copies"]],
                                   ["storms", ["storm"]]]) {
       const frames = this.log.filter(([i, name]) => i <= this.frame && names.includes(name)).map(([i]) => i);
-      const value = element("dd", {}, frames.length ? "" : "nothing yet");
+      const value = element("dd", {}, frames.length ? "" : "none yet");
       for (const i of frames.slice(-3).reverse())
         value.append(element("a", {href: this.linkTo(i), onclick: event => { event.preventDefault(); this.go(i); }},
           `${this.scene.frames[i][2].replace(/^Eviction storm.*/, "eviction storm")} (step ${this.scene.frames[i][0]})`),
@@ -563,7 +578,7 @@ class PoolScene {
     const rowStep = Math.max(1, Math.floor(blocks / height));
     for (let block = 0; block < blocks; block += rowStep) {
       let from = 0;
-      const at = i => this.still[i * blocks + block] & 3;
+      const at = i => this.still[i * blocks + block];
       for (let i = step; i < this.length + step; i += step) {
         if (i < this.length && at(i) === at(from)) continue;
         const state = at(from);
@@ -624,16 +639,21 @@ class PoolScene {
 
   // Selects a request by its number, or by words of it; returns what was found, in words, and the frame to go to.
   search(text) {
-    const wanted = text.trim().replace(/^request\s+/i, ""), {requests} = this.scene;
+    const wanted = text.trim().replace(/^(request\s+|r(?=\d))/i, "").toLowerCase(), {requests} = this.scene;
+    if (!wanted) return null;
+    const says = q => this.replay.tokens[q] && this.replay.text(q, 0, this.replay.tokens[q].length)
+      .replaceAll("↵", " ").toLowerCase().includes(wanted);
     let r = requests.findIndex(request => request.label === wanted);
-    if (r < 0) r = requests.findIndex((_, q) => this.replay.tokens[q]
-      && this.replay.text(q, 0, this.replay.tokens[q].length).replaceAll("↵", " ").includes(wanted));
-    if (r < 0 || !wanted) return null;
+    if (r < 0) {  // the next that says so, after the one that was found last
+      const after = [...requests.keys()].map(q => (q + (this.pinned ?? -1) + 1) % requests.length);
+      r = after.find(says) ?? -1;
+    }
+    if (r < 0) return null;
     this.pinned = r;
     this.select(r);
     const there = i => ![ABSENT, FINISHED].includes(this.lanes[i * requests.length + r]);
-    let to = this.frame;
-    if (!there(to)) to = Array.from({length: this.length}, (_, i) => i).find(there) ?? to;
-    return {said: `request ${this.label(r)} is selected`, to};
+    if (there(this.frame)) return {said: `request ${this.label(r)} is selected`, to: this.frame};
+    const to = Array.from({length: this.length}, (_, i) => i).find(there) ?? this.frame;
+    return {said: `request ${this.label(r)} is selected; it was not here, so this is when it arrives`, to};
   }
 }

@@ -16,7 +16,7 @@ class Replay {
       placeOf: new Int32Array(blocks).fill(-1), placeAt: new Int32Array(blocks),
       tables: Array.from({length: requests}, () => []), status: new Uint8Array(requests),
       computed: new Int32Array(requests), known: new Int32Array(requests), most: new Int32Array(requests),
-      swapped: new Int32Array(requests), gaveWay: new Int32Array(requests), copies: {},  // of each copy: its source
+      swapped: new Int32Array(requests), copies: {},  // of each copy: its source
       counts: {...scene.counts}, pending: {preempted: 0, again: 0},
     };
     for (const [name, ...rows] of scene.start) this.begin(name, rows);
@@ -116,7 +116,6 @@ class Replay {
         s.status[r] = PREEMPTED;
         s.most[r] = Math.max(s.most[r], s.computed[r]);
         s.computed[r] = 0;
-        s.gaveWay[r]++;
         s.pending.preempted++;
         break;
       case "out": s.swapped[r]++; break;

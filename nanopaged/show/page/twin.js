@@ -1,6 +1,6 @@
 // The contiguous twin: five servers side by side, on one clock. Data from `twin.py`; text enters by textContent only.
 //
-// twinScene(data, root) fills the empty element `root` and returns {length, draw(i), caption(i), timeOf(i)}.
+// twinScene(data, root) fills the empty element `root` and returns {length, draw(i), caption(i), timeOf(i), isEvent(i)}.
 // Frames are equally far apart in simulated time, as far as the shortest step is long, so that no step is skipped.
 
 function twinScene(data, root) {
@@ -240,6 +240,12 @@ function twinScene(data, root) {
     return `${who[0].toUpperCase()}${who.slice(1)}: ${first.text}`;
   }
 
+  // Whether frame i shows more than admissions and ends.
+  function isEvent(i) {
+    return i > 0 && data.servers.some((server) =>
+      eventsBetween(server, stepAt(server, i - 1), stepAt(server, i)).some(({rank}) => rank <= 2));
+  }
+
   function eventsBetween(server, before, now) {
     const found = [];
     const add = (rank, text) => found.push({rank, text, name: server.name});
@@ -275,7 +281,7 @@ function twinScene(data, root) {
   const {views, table} = build();
   new ResizeObserver(() => draw(current)).observe(scene);
   draw(0);
-  return {length, draw, caption, timeOf};
+  return {length, draw, caption, timeOf, isEvent};
 }
 
 twinScene.style = `
