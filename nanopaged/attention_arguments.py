@@ -29,7 +29,7 @@ class RaggedBatch(Protocol):
             positions j * block_size and up. Entries past a request's length are not read.
         query_start: (num_requests + 1,) int32, from 0 to num_tokens, not falling; request i has the
             rows query_start[i] .. query_start[i + 1] - 1.
-        seq_lens: (num_requests,) int32, tokens in the context, with this step's rows.
+        seq_lens: (num_requests,) int32, tokens in the context, with this step's rows; rows that see none become 0.
         num_decodes: the first `num_decodes` requests have one row each.
         plan: None, or what an attention has computed from these, for all layers.
     """

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nanopaged.attention_kernels import INTERPRETED, triton
 from nanopaged.block_allocator import BlockAllocator
 from nanopaged.gpt2 import GPT2, GPT2Config
 from nanopaged.models.tokenizer import Tokenizer
 from nanopaged.outputs import EngineStats
-from nanopaged.paged_attention import INTERPRETED, TRITON, check_kernel_sizes, triton
+from nanopaged.paged_attention import TRITON, check_kernel_sizes
 from nanopaged.sampling import sampling_bytes
 from nanopaged.scheduler import Scheduler
 from nanopaged.step import Step

@@ -58,11 +58,11 @@ def paged_attention_torch(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch
     # Head h of block b is row b * num_kv_heads + h of these: one copy gathers head after head.
     k_rows, v_rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)  # (num_blocks * num_kv_heads, block_size, head_dim)
     heads = torch.arange(num_kv_heads, device=q.device)[:, None]  # (num_kv_heads, 1)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # a row that sees nothing stays 0
     starts, lengths = batch.query_start.tolist(), batch.seq_lens.tolist()
     for i, length in enumerate(lengths):
         first, last = starts[i], starts[i + 1]
-        if (n := last - first) == 0:
+        if 0 in ((n := last - first), length):
             continue
         # Gather the scattered blocks into one contiguous context: what the kernels never do.
         gathered = (batch.block_tables[i, : blocks_for(length, block_size)] * num_kv_heads + heads).flatten()

@@ -19,9 +19,10 @@ from unittest import mock
 
 import torch
 
-from nanopaged import paged_attention
+from nanopaged import attention_kernels, paged_attention
+from nanopaged.attention_kernels import INTERPRETED, triton
 from nanopaged.bench.inputs import uniform_batch
-from nanopaged.paged_attention import INTERPRETED, paged_attention_triton, triton, write_kv_triton
+from nanopaged.paged_attention import paged_attention_triton, write_kv_triton
 from nanopaged.progress import show_progress
 from nanopaged.report import table
 
@@ -93,7 +94,7 @@ def instead_of_launching(target: str) -> Iterator[list[tuple[str, object]]]:
 
 @contextmanager
 def _driver(driver: NoDevice) -> Iterator[None]:
-    kernels = [value for value in vars(paged_attention).values() if isinstance(value, triton.runtime.jit.JITFunction)]
+    kernels = [value for value in vars(attention_kernels).values() if isinstance(value, triton.runtime.jit.JITFunction)]
     before = triton.runtime.driver._active
 
     def forget() -> None:  # Triton caches kernels by device number, and each target here is number 0

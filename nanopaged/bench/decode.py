@@ -20,7 +20,7 @@ from nanopaged import LLM, SamplingParams
 from nanopaged.bench.inputs import random_gpt2
 from nanopaged.bench.timing import copy_bandwidth, device_name
 from nanopaged.kv_cache import block_bytes
-from nanopaged.paged_attention import triton
+from nanopaged.attention_kernels import triton
 from nanopaged.progress import show_progress
 from nanopaged.report import table
 from nanopaged.validation import has_folder, require_int

@@ -7,7 +7,7 @@ import argparse
 import torch
 
 from nanopaged.bench import decode, kernel
-from nanopaged.paged_attention import triton
+from nanopaged.attention_kernels import triton
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

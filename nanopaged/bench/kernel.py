@@ -16,7 +16,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nanopaged.bench.inputs import uniform_batch
 from nanopaged.bench.timing import copy_bandwidth, copy_seconds, device_name, num_input_sets, seconds
-from nanopaged.paged_attention import INTERPRETED, TRITON, triton
+from nanopaged.attention_kernels import INTERPRETED, triton
+from nanopaged.paged_attention import TRITON
 from nanopaged.progress import show_progress
 from nanopaged.report import table
 from nanopaged.torch_attention import TORCH, AttentionBackend

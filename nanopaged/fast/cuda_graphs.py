@@ -6,7 +6,7 @@ it is a recording, of the same kernels at the same addresses with the same shape
 
     shapes      the step is padded to the next of a few batch sizes, and its block tables to the longest
     addresses   inputs are copied into the tensor that was recorded, logits come out where they did then
-    kernels     every choice between them depends on those shapes alone (see `paged_attention.split_tokens`)
+    kernels     every choice between them depends on those shapes alone (see `paged_attention.parts_of_contexts`)
 
 A size is recorded when a step needs it for the first time, and computed eagerly if that fails. Steps with
 prompts in them have any shape, and are long enough to hide their launches: they always run eagerly.
@@ -49,19 +49,20 @@ def logits_bytes(config: GPT2Config, dtype: torch.dtype, max_num_seqs: int) -> i
 
 
 def padded(batch: Batch, size: int, table_width: int) -> Batch:
-    """A decode step's batch of `size` requests: the last one is repeated, and block tables are `table_width` wide.
+    """A decode step's batch of `size` requests, with block tables that are `table_width` wide.
 
-    A repeated request writes the same K and V to the same slots again.
+    The requests that are not there have an empty context, so attention reads nothing for them, and a negative slot, so
+    nothing is written for them.
     """
     missing = size - len(batch.seq_lens)
 
-    def repeated(values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([values, values[-1:].expand(missing, *values.shape[1:])])
+    def filled_up(values: torch.Tensor, value: int = 0) -> torch.Tensor:
+        return F.pad(values, (0, missing), value=value)
 
-    tables = F.pad(batch.block_tables, (0, table_width - batch.block_tables.shape[1]))
+    tables = F.pad(batch.block_tables, (0, table_width - batch.block_tables.shape[1], 0, missing))
     rows = torch.arange(size + 1, dtype=torch.int32)
-    flat = torch.cat([repeated(batch.token_ids), repeated(batch.positions), repeated(batch.slots), rows,
-                      repeated(batch.seq_lens), rows[:-1], repeated(tables).flatten()])
+    flat = torch.cat([filled_up(batch.token_ids), filled_up(batch.positions), filled_up(batch.slots, -1), rows,
+                      filled_up(batch.seq_lens), rows[:-1], tables.flatten()])
     return Batch(flat, size, size, size, size)
 
 

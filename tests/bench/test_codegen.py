@@ -113,4 +113,4 @@ def test_nothing_is_compiled_again_when_batch_lengths_or_pool_change() -> None:
                          cwd=ROOT)
     launches, kernels = run.stdout.split(maxsplit=1)
     assert int(launches) > 1000
-    assert kernels == "['_decode_kernel', '_decode_kernel', '_merge_kernel', '_prompt_kernel', '_write_kv_kernel']\n"
+    assert kernels == "['decode_kernel', 'decode_kernel', 'merge_kernel', 'prompt_kernel', 'write_kv_kernel']\n"

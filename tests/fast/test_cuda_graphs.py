@@ -46,8 +46,16 @@ class Repeating:
         return replay
 
 
+def write_real_tokens(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+                      slots: torch.Tensor) -> None:
+    """As the kernel does: a token whose slot is negative is written nowhere."""
+    real = slots >= 0
+    TORCH.write_kv(k[real], v[real], k_cache, v_cache, slots[real])
+
+
 def engine_with_graphs(monkeypatch: pytest.MonkeyPatch, **options: object) -> tuple[LLM, Repeating]:
-    monkeypatch.setattr(cuda_graphs, "TRITON", TORCH)  # in the interpreter it would only be slower
+    # In the interpreter the kernels would only be slower.
+    monkeypatch.setattr(cuda_graphs, "TRITON", TORCH._replace(write_kv=write_real_tokens))
     llm = LLM(MODEL, device="cpu", **{"block_size": 8, "num_blocks": 60, "max_num_seqs": 12} | options)
     capture = Repeating()
     llm.logits_of = DecodeGraphs(llm.model, llm.kv_cache.blocks, llm.config.block_size, llm.config.max_model_len,
@@ -76,16 +84,19 @@ def test_every_batch_finds_a_recorded_size_with_few_padded_rows() -> None:
 
 
 @pytest.mark.parametrize("num_requests, size, table_width", [(1, 1, 1), (1, 4, 3), (3, 3, 3), (3, 4, 3), (3, 8, 24)])
-def test_a_padded_batch_repeats_its_last_request(num_requests: int, size: int, table_width: int) -> None:
+def test_a_padded_batch_has_its_requests_and_then_rows_that_read_and_write_nothing(
+    num_requests: int, size: int, table_width: int
+) -> None:
     batch = decode_batch(num_requests)
     result = padded(batch, size, table_width)
-    source = [min(i, num_requests - 1) for i in range(size)]
-    for name in ("token_ids", "positions", "slots", "seq_lens"):
-        assert torch.equal(getattr(result, name), getattr(batch, name)[source]), name
+    for name, filling in (("token_ids", 0), ("positions", 0), ("slots", -1), ("seq_lens", 0)):
+        wanted = getattr(batch, name).tolist() + [filling] * (size - num_requests)
+        assert getattr(result, name).tolist() == wanted, name
     assert result.query_start.tolist() == list(range(size + 1)) and result.logits_rows.tolist() == list(range(size))
     width = batch.block_tables.shape[1]
     assert result.block_tables.shape == (size, table_width) and not result.block_tables[:, width:].any()
-    assert torch.equal(result.block_tables[:, :width], batch.block_tables[source])
+    assert torch.equal(result.block_tables[:num_requests, :width], batch.block_tables)
+    assert not result.block_tables[num_requests:].any()
     assert result.num_decodes == size and result.num_cut == 0 and result.flat.dtype == torch.int32
 
 
@@ -132,7 +143,7 @@ def test_replayed_steps_give_the_dense_models_tokens(seed: int, monkeypatch: pyt
     assert capture.replayed > capture.recorded, f"seed {seed}"
 
 
-def test_a_padded_row_writes_nothing_but_what_the_last_request_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_padded_row_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, capture = engine_with_graphs(monkeypatch, max_num_seqs=8)
     for start in range(5):
         llm.add_request([start, 1, 2], SamplingParams(max_tokens=4))
