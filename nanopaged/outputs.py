@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ class RequestMetrics:
     prefix_hit_tokens: int = 0  # found in the pool instead of computed
     output_tokens: int = 0
 
+    def copied(self) -> RequestMetrics:
+        """As they are now; in half the time that the constructor takes."""
+        copy = object.__new__(RequestMetrics)
+        copy.__dict__.update(self.__dict__)
+        return copy
+
     @property
     def time_to_first_token_s(self) -> float | None:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
@@ -37,38 +44,55 @@ class RequestMetrics:
         return (self.last_token_time - self.first_token_time) / (self.output_tokens - 1)
 
 
-@dataclass
 class CompletionOutput:
-    """A continuation of the prompt, one of n, as far as it has come."""
+    """A continuation of the prompt, one of n, as far as it had come when this was made.
 
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None  # "stop", "length", "abort" or "error"; None while it runs
-    metrics: RequestMetrics
-    error: str | None = None  # what went wrong, if it ended with "error"
+    Every step makes one for each request, and most are never looked at. So tokens and text are not copied into it: it
+    knows where they end in the request's own, to which more are only appended, and cuts them out when they are read.
+    """
+
+    def __init__(self, index: int, member: Request, stream: TextStream) -> None:
+        self.index = index
+        self.finish_reason: str | None = member.finish_reason  # "stop", "length", "abort", "error"; None while it runs
+        self.error: str | None = member.error  # what went wrong, if it ended with "error"
+        self.metrics: RequestMetrics = member.metrics.copied()
+        self._known, self._stream = member.token_ids, stream
+        self._ends = member.num_prompt_tokens, len(member.token_ids)
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        return self._known[slice(*self._ends)]
+
+    @cached_property
+    def text(self) -> str:
+        return self._stream.shown(self.finish_reason is not None)
+
+    def __repr__(self) -> str:
+        return (f"CompletionOutput(index={self.index}, text={self.text!r}, token_ids={self.token_ids}, "
+                f"finish_reason={self.finish_reason!r}, metrics={self.metrics}, error={self.error!r})")
 
 
-@dataclass
 class RequestOutput:
-    """A request, as far as it has come."""
+    """A request, as far as it had come when this was made."""
 
-    request_id: str
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    metrics: RequestMetrics  # of the first continuation, which also computed the prompt
+    def __init__(self, request_id: str, outputs: list[CompletionOutput]) -> None:
+        self.request_id, self.outputs = request_id, outputs
+        self.finished: bool = None not in [completion.finish_reason for completion in outputs]
+        self.metrics: RequestMetrics = outputs[0].metrics  # the first continuation also computed the prompt
 
     @classmethod
     def of(cls, request_id: str, group: dict[Request, TextStream]) -> RequestOutput:
         """From a request's continuations, in order, each with its text."""
-        completions = [
-            CompletionOutput(i, text.shown(member.finish_reason is not None), member.output_token_ids,
-                             member.finish_reason, RequestMetrics(**vars(member.metrics)), member.error)
-            for i, (member, text) in enumerate(group.items())]
-        first = next(iter(group))
-        return cls(request_id, first.token_ids[: first.num_prompt_tokens], completions,
-                   all(completion.finish_reason for completion in completions), completions[0].metrics)
+        return cls(request_id, [CompletionOutput(i, *pair) for i, pair in enumerate(group.items())])
+
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:
+        first = self.outputs[0]
+        return first._known[: first._ends[0]]
+
+    def __repr__(self) -> str:
+        return (f"RequestOutput(request_id={self.request_id!r}, prompt_token_ids={self.prompt_token_ids}, "
+                f"outputs={self.outputs}, finished={self.finished})")
 
 
 @dataclass(kw_only=True)

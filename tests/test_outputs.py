@@ -75,6 +75,36 @@ def test_an_output_shows_each_continuation_as_it_was_when_it_was_made() -> None:
     assert output.metrics is output.outputs[0].metrics and output.metrics.output_tokens == 1
 
 
+def test_what_an_output_shows_is_cut_out_only_when_it_is_read() -> None:
+    """Each step makes an output for each request; what that costs must not grow with the context."""
+    (request,) = requests(1)
+
+    class Counted(list):
+        slices = 0
+
+        def __getitem__(self, place: object) -> object:
+            Counted.slices += isinstance(place, slice)
+            return super().__getitem__(place)
+
+    request.token_ids = Counted(request.token_ids)
+    request.receive(7, now=1.0)
+    output = RequestOutput.of("0", {request: TextStream(None, text="shown")})
+    assert Counted.slices == 0
+    request.receive(8, now=2.0)
+    assert output.outputs[0].token_ids == [7] and output.prompt_token_ids == [1, 2, 3] and Counted.slices == 2
+    assert output.outputs[0].token_ids is output.outputs[0].token_ids and Counted.slices == 2
+
+
+def test_an_output_is_printed_with_its_tokens_and_its_text() -> None:
+    (request,) = requests(1)
+    request.receive(7, now=1.0)
+    request.finish_reason, request.error = "error", "not finite"
+    output = RequestOutput.of("0", {request: TextStream(None, text="it's")})
+    assert repr(output).startswith("RequestOutput(request_id='0', prompt_token_ids=[1, 2, 3], outputs=[CompletionOutput("
+                                   "index=0, text=\"it's\", token_ids=[7], finish_reason='error', metrics=")
+    assert repr(output).endswith("error='not finite')], finished=True)")
+
+
 def test_a_request_is_finished_when_all_its_continuations_are() -> None:
     members = requests(2)
     for finished, member in enumerate(members):
