@@ -41,6 +41,7 @@ SMALL: dict[str, str | None] = {
     "train_free_demo.py": "--requests 1 --max-tokens 2",
     "-m nanopaged.simulate": "--requests 20",
     "-m nanopaged.bench scheduler": "--rounds 1 --steps 10",
+    "-m nanopaged.bench host": "--requests 2 --steps 3",
     "-m nanopaged.bench cost": "--rounds 1 --layers 1",
     "-m nanopaged.bench engine": "--requests 1 --max-prompt 16 --max-output 16 --layers 1 --width 64 --no-compile",
     "-m nanopaged.bench codegen": None,

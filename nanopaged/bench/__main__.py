@@ -17,6 +17,7 @@ COMMANDS = {
     "decode": "whole decode steps, with and without CUDA graphs, compared with the memory floor",
     "gpu": "kernel and decode: everything about a GPU in one run",
     "scheduler": "the scheduler's cost for each token as queue, pool and cache grow",
+    "host": "what a step costs in Python, with no model",
     "cost": "the cost of a step, fitted to real steps: the simulator's constants",
     "engine": "the whole engine, compared with static batches, one request at a time, and the floor",
 }

@@ -104,10 +104,11 @@ class TextStream(NamedTuple):
             decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
             piece, pending = decoder.decode(data), decoder.getstate()[0]
         text = self.text + piece
-        ends = [text.find(stop, max(0, len(self.text) - len(stop) + 1)) for stop in self.stop]
-        ends = [end for end in ends if end >= 0]
-        if ends:
-            return TextStream(self.tokenizer, self.stop, text[: min(ends)], b"", True)
+        if self.stop:  # seldom, and every token of every request comes this way
+            ends = [text.find(stop, max(0, len(self.text) - len(stop) + 1)) for stop in self.stop]
+            ends = [end for end in ends if end >= 0]
+            if ends:
+                return TextStream(self.tokenizer, self.stop, text[: min(ends)], b"", True)
         return TextStream(self.tokenizer, self.stop, text, pending)
 
     def shown(self, finished: bool) -> str:
