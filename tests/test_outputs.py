@@ -100,8 +100,8 @@ def test_an_output_is_printed_with_its_tokens_and_its_text() -> None:
     request.receive(7, now=1.0)
     request.finish_reason, request.error = "error", "not finite"
     output = RequestOutput.of("0", {request: TextStream(None, text="it's")})
-    assert repr(output).startswith("RequestOutput(request_id='0', prompt_token_ids=[1, 2, 3], outputs=[CompletionOutput(")
-    assert "(index=0, text=\"it's\", token_ids=[7], finish_reason='error', metrics=" in repr(output)
+    assert repr(output).startswith("RequestOutput(request_id='0', prompt_token_ids=[1, 2, 3], outputs=[")
+    assert "CompletionOutput(index=0, text=\"it's\", token_ids=[7], finish_reason='error', metrics=" in repr(output)
     assert repr(output).endswith("error='not finite')], finished=True)")
 
 
