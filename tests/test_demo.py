@@ -92,7 +92,7 @@ def test_a_wrong_argument_gets_one_clear_line_and_status_2(arguments: list[str],
 def test_the_storm_workload_storms_when_greedy_and_not_when_room_is_reserved(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(train_free_demo.WORKLOADS, "storm", (train_free_demo.storm_jobs, 16, 24, 112))
+    monkeypatch.setitem(train_free_demo.WORKLOADS, "storm", (train_free_demo.storm_jobs, 8, 24, 112))
     for admission, stormy in (("greedy", True), ("reserve", False)):
         caplog.clear()
         assert train_free_demo.main(["--workload", "storm", "--admission", admission, "--device", "cpu"]) == 0
@@ -102,9 +102,9 @@ def test_the_storm_workload_storms_when_greedy_and_not_when_room_is_reserved(
 
 def test_a_movie_has_the_scenes_and_then_the_run_and_a_recording_and_a_trace_of_it_are_kept_too(tmp_path: Path) -> None:
     names = [str(tmp_path / name) for name in ("pool.html", "run.jsonl", "run.json")]
-    result = run_demo("--movie", names[0], "--record", names[1], "--trace", names[2], "--requests", "24")
+    result = run_demo("--movie", names[0], "--record", names[1], "--trace", names[2], "--requests", "4")
     assert result.returncode == 0, result.stderr
-    assert "24/24 continuations match the document" in result.stdout
+    assert "4/4 continuations match the document" in result.stdout
     assert [line for line in result.stdout.splitlines() if line.endswith(" bytes")] == [
         f"{name}: {os.path.getsize(name):,} bytes" for name in (names[1], names[0], names[2])]
     assert "WARNING" not in result.stderr, "the storm of a scene is not this run's"
@@ -114,7 +114,7 @@ def test_a_movie_has_the_scenes_and_then_the_run_and_a_recording_and_a_trace_of_
     assert [scene["kind"] for scene in scenes] == ["pool", "pool", "twin", "pool", "pool", "pool", "pool", "pool"]
     assert (scenes[-1]["title"], scenes[-1]["num_blocks"]) == ("the story", 200)
     assert json.loads((tmp_path / "run.json").read_text())["traceEvents"]
-    steps = int(re.search(r"requests +24, in (\d+) steps", result.stdout)[1])
+    steps = int(re.search(r"requests +4, in (\d+) steps", result.stdout)[1])
     assert sum('"step":' in line for line in (tmp_path / "run.jsonl").read_text().splitlines()) == steps
 
 
