@@ -92,7 +92,7 @@ def test_a_wrong_argument_gets_one_clear_line_and_status_2(arguments: list[str],
 def test_the_storm_workload_storms_when_greedy_and_not_when_room_is_reserved(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(train_free_demo.WORKLOADS, "storm", (train_free_demo.storm_jobs, 8, 24, 112))
+    monkeypatch.setitem(train_free_demo.WORKLOADS, "storm", (train_free_demo.storm_jobs, 4, 16, 100))
     for admission, stormy in (("greedy", True), ("reserve", False)):
         caplog.clear()
         assert train_free_demo.main(["--workload", "storm", "--admission", admission, "--device", "cpu"]) == 0

@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 # What makes a command small, by the first of these that it begins with. None: only its options are checked, since it
 # takes long and other tests run it.
 SMALL: dict[str, str | None] = {
+    "train_free_demo.py --movie": None,
     "train_free_demo.py": "--requests 1 --max-tokens 2",
     "-m nanopaged.simulate": "--requests 20",
     "-m nanopaged.bench scheduler": "--rounds 1 --steps 10",
