@@ -183,7 +183,7 @@ class Memory(NamedTuple):
                    sum(len(request.block_table) for request in running), llm.stats().referenced_blocks)
 
 
-def kept(llm: nanopaged.LLM, arguments: argparse.Namespace) -> tuple[AbstractContextManager[None], list[str]]:
+def recorded(llm: nanopaged.LLM, arguments: argparse.Namespace) -> tuple[AbstractContextManager[None], list[str]]:
     """Records the run, if a file for what happened was named; and what went wrong in the scenes before a movie."""
     files = {"recording": arguments.record, "movie": arguments.movie, "trace": arguments.trace}
     if not any(files.values()):
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
                   preemption=arguments.preemption, swap_blocks=arguments.swap_blocks, seed=arguments.seed)
         jobs = make_jobs(count, max_tokens, arguments.seed) if known else [
             Job(prompt, 0) for prompt in arguments.prompt or PROMPTS]
-        keeping, problems = kept(llm, arguments)
+        keeping, problems = recorded(llm, arguments)
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         parser.error(str(error))
     outputs = None

@@ -258,7 +258,7 @@ class Telling:
                 given += len(self.state.sequences[event[1]].table)
             if name == "end" and not ended:
                 cached_before = sum(map(self.state.is_cached, self.state.published))
-                free_before = sum(holders == 0 for holders in self.state.holders) - cached_before
+                free_before = self.state.holders.count(0) - cached_before
             if name == "twin":
                 twins.append((event[1], self.state.sequences[event[1]].table[event[2]], event[3]))
             self.state.apply(event)
@@ -291,7 +291,7 @@ class Telling:
 
     def _ended(self, ended: list[str], given: int, cached_before: int, free_before: int) -> None:
         cached = sum(map(self.state.is_cached, self.state.published))
-        free = sum(holders == 0 for holders in self.state.holders) - cached
+        free = self.state.holders.count(0) - cached
         stay, gone = cached - cached_before, free - free_before
         parts = [f"{number} {one if number == 1 else many}" for number, one, many in (
             (stay, "stays cached", "stay cached"), (gone, "is free", "are free"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from nanopaged.show.captions import Told, narrate
 from nanopaged.show.reading import Event, Line, read
-from nanopaged.show.replay import State, labels
+from nanopaged.show.replay import Frame, Sequence, State, labels
 from nanopaged.show.rules import RARE
 
 PAGE = Path(__file__).with_name("page")
@@ -103,7 +103,7 @@ class Packing:
                                           "leader": self.numbers[line["add"]]})
             yield line
 
-    def _before(self, state: State, frame: Any) -> None:
+    def _before(self, state: State, frame: Frame) -> None:
         """Notes the state before the first frame that is shown, as events that lead to it."""
         if self.start is None and frame.step >= self.steps[0]:
             self.start = self._as_events(state)
@@ -155,9 +155,8 @@ class Packing:
             return [self.numbers[arguments[0]], self.numbers[arguments[1]], *arguments[2:]]
         return [self.numbers[arguments[0]], *arguments[1:]]
 
-    def _words(self, packed: dict[str, Any], request: Any) -> None:
+    def _words(self, packed: dict[str, Any], request: Sequence) -> None:
         """All tokens that a request ever has; what it has in common with an earlier one is named, not repeated."""
-        packed["prompt"] = request.prompt_length
         if request.token_ids is None:
             return
         best, like = 0, None

@@ -249,7 +249,7 @@ class State:
 
     def figures(self) -> dict[str, int]:
         """The plain numbers of `LLM.stats()`, by their names there."""
-        free = sum(holders == 0 for holders in self.holders)
+        free = self.holders.count(0)  # or cached
         cached = sum(self.is_cached(block) for block in self.published)
         referenced = self.num_blocks - free
         return self.counts | {

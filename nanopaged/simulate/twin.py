@@ -8,7 +8,7 @@ it gains alone. `twin_scene` runs all five in the simulator and keeps, for each 
     [192, 40, 61, 5]    a range of 192 slots: 40 tokens, 61 at full length, so 21 reserved and 131 never used
     [128, 0, 0]         a gap
 
-The page's side is `twin.js`.
+`show/page/twin.js` draws it.
 """
 
 from __future__ import annotations
