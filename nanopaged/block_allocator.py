@@ -24,7 +24,7 @@ RadixAttention's (Zheng et al., 2023). Every operation is O(1) for each block; o
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from itertools import count
 
 from nanopaged.invariants import check_pool
@@ -123,7 +123,7 @@ class BlockAllocator:
             else:
                 self._cached[block] = None
 
-    def give_back_all(self, block_table: list[int]) -> None:
+    def give_back_all(self, block_table: MutableSequence[int]) -> None:
         """Empties a block table, last block first (see `take` for why)."""
         while block_table:
             self.give_back(block_table.pop())

@@ -128,7 +128,7 @@ class LLM(Exclusive):
         """Runs one step; returns every request that gained tokens, in it or while `generate` ran for others."""
         if self.scheduler.has_unfinished():
             self._advance()
-        outputs = [RequestOutput.of(request_id, group) for request_id, group in self._unreported.items()]
+        outputs = [RequestOutput(request_id, group) for request_id, group in self._unreported.items()]
         self._unreported.clear()
         return outputs
 
@@ -138,16 +138,18 @@ class LLM(Exclusive):
         self.kv_cache.carry_out(self.scheduler.moves)
         logits = self.logits_of(step)  # (num_logits, vocab_size)
         drawn = sample(logits, [request for _, request in step.sampled])
-        failed = self._failures(step, drawn)
+        failed = self._failures(step, drawn) if NOT_FINITE in drawn else {}
         token_ids = {request: token_id for (_, request), token_id in zip(step.sampled, drawn) if token_id != NOT_FINITE}
-        texts = {request: self._groups[request.group_id][request].extended(token_id)
-                 for request, token_id in token_ids.items() if token_id not in request.stop_token_ids}
-        stopped = {request for request in token_ids if request not in texts or texts[request].stopped}
+        searched = {request: self._groups[request.group_id][request].extended(token_id)
+                    for request, token_id in token_ids.items()
+                    if request.params.stop and token_id not in request.stop_token_ids}
+        stopped = {request for request, token_id in token_ids.items()
+                   if token_id in request.stop_token_ids or request in searched and searched[request].stopped}
         with uninterrupted():  # from here on the step has happened
             self.scheduler.update(step, token_ids, stopped, failed)
-            for request in (*token_ids, *failed):
-                group = self._unreported[request.group_id] = self._groups[request.group_id]
-                group[request] = texts.get(request, group[request])
+            self._unreported |= {request.group_id: self._groups[request.group_id] for request in (*token_ids, *failed)}
+            for request, stream in searched.items():
+                self._groups[request.group_id][request] = stream
             for group_id in {request.group_id for request in step.ended}:
                 if all(member.status is RequestStatus.FINISHED for member in self._groups[group_id]):
                     del self._groups[group_id]
@@ -158,7 +160,7 @@ class LLM(Exclusive):
         failed = {step.requests[i]: f"the model's output is not finite (tokens: {step.num_tokens[i]}, from position "
                   f"{step.starts[i]}): a weight is not, or {self.dtype} overflows; compare with GPT2.dense in float32"
                   for i, token_id in zip(numbers, drawn) if token_id == NOT_FINITE}
-        if failed and not self._has_warned:
+        if not self._has_warned:
             self._has_warned = True
             request, reason = next(iter(failed.items()))
             logger.warning("request %s ends with an error, and others may: %s", request.group_id, reason)
@@ -201,7 +203,7 @@ class LLM(Exclusive):
                 for request_id in mine:
                     self._unreported.pop(request_id, None)
             show_progress("")
-        return [RequestOutput.of(request_id, group) for request_id, group in mine.items()]
+        return [RequestOutput(request_id, group) for request_id, group in mine.items()]
 
     @alone
     def abort_request(self, request_id: str) -> RequestOutput:
@@ -210,7 +212,7 @@ class LLM(Exclusive):
             raise ValueError(f"no unfinished request has the id {request_id!r}")
         with uninterrupted():
             group = self._abort(request_id)
-        return RequestOutput.of(request_id, group)
+        return RequestOutput(request_id, group)
 
     def _abort(self, request_id: str) -> Group:
         group = self._groups.pop(request_id)

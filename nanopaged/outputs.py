@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanopaged.models.tokenizer import TextStream
@@ -26,12 +26,6 @@ class RequestMetrics:
     prefix_hit_tokens: int = 0  # found in the pool instead of computed
     output_tokens: int = 0
 
-    def copied(self) -> RequestMetrics:
-        """As they are now; in half the time that the constructor takes."""
-        copy = object.__new__(RequestMetrics)
-        copy.__dict__.update(self.__dict__)
-        return copy
-
     @property
     def time_to_first_token_s(self) -> float | None:
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
@@ -44,55 +38,69 @@ class RequestMetrics:
         return (self.last_token_time - self.first_token_time) / (self.output_tokens - 1)
 
 
-class CompletionOutput:
-    """A continuation of the prompt, one of n, as far as it had come when this was made.
+class RequestOutput:
+    """A request, as far as it had come when this was made.
 
-    Every step makes one for each request, and most are never looked at. So tokens and text are not copied into it: it
-    knows where they end in the request's own, to which more are only appended, and cuts them out when they are read.
+    Every step makes one for each request, and most are never looked at. So it notes only what will change; the rest is
+    built when it is read. Tokens are cut out of the request's own, to which more are only appended.
     """
 
-    def __init__(self, index: int, member: Request, stream: TextStream) -> None:
-        self.index = index
-        self.finish_reason: str | None = member.finish_reason  # "stop", "length", "abort", "error"; None while it runs
-        self.error: str | None = member.error  # what went wrong, if it ended with "error"
-        self.metrics: RequestMetrics = member.metrics.copied()
-        self._known, self._stream = member.token_ids, stream
-        self._ends = member.num_prompt_tokens, len(member.token_ids)
-
-    @cached_property
-    def token_ids(self) -> list[int]:
-        return self._known[slice(*self._ends)]
-
-    @cached_property
-    def text(self) -> str:
-        return self._stream.shown(self.finish_reason is not None)
-
-    def __repr__(self) -> str:
-        return (f"CompletionOutput(index={self.index}, text={self.text!r}, token_ids={self.token_ids}, "
-                f"finish_reason={self.finish_reason!r}, metrics={self.metrics}, error={self.error!r})")
-
-
-class RequestOutput:
-    """A request, as far as it had come when this was made."""
-
-    def __init__(self, request_id: str, outputs: list[CompletionOutput]) -> None:
-        self.request_id, self.outputs = request_id, outputs
-        self.finished: bool = None not in [completion.finish_reason for completion in outputs]
-        self.metrics: RequestMetrics = outputs[0].metrics  # the first continuation also computed the prompt
-
-    @classmethod
-    def of(cls, request_id: str, group: dict[Request, TextStream]) -> RequestOutput:
+    def __init__(self, request_id: str, group: dict[Request, TextStream]) -> None:
         """From a request's continuations, in order, each with its text."""
-        return cls(request_id, [CompletionOutput(i, *pair) for i, pair in enumerate(group.items())])
+        self.request_id = request_id
+        self._group = group
+        self._then = [(len(member.token_ids), member.finish_reason, member.error, member.metrics.__dict__.copy())
+                      for member in group]
 
     @cached_property
     def prompt_token_ids(self) -> list[int]:
-        first = self.outputs[0]
-        return first._known[: first._ends[0]]
+        first = next(iter(self._group))
+        return first.token_ids[: first.num_prompt_tokens]
+
+    @cached_property
+    def outputs(self) -> list[CompletionOutput]:
+        return [CompletionOutput(index, member, self._group, *then)
+                for index, (member, then) in enumerate(zip(self._group, self._then))]
+
+    @property
+    def finished(self) -> bool:
+        return all([finish_reason is not None for _, finish_reason, _, _ in self._then])
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return self.outputs[0].metrics  # the first continuation also computed the prompt
 
     def __repr__(self) -> str:
         return (f"RequestOutput(request_id={self.request_id!r}, prompt_token_ids={self.prompt_token_ids}, "
                 f"outputs={self.outputs}, finished={self.finished})")
+
+
+class CompletionOutput:
+    """A continuation of the prompt, one of n, when it had `num_known` tokens, those of the prompt included."""
+
+    def __init__(self, index: int, member: Request, group: dict[Request, TextStream], num_known: int,
+                 finish_reason: str | None, error: str | None, metrics: dict[str, Any]) -> None:
+        self.index = index
+        self.finish_reason = finish_reason  # "stop", "length", "abort", "error"; None while it runs
+        self.error = error  # what went wrong, if it ended with "error"
+        self.metrics = RequestMetrics(**metrics)
+        self._member, self._group, self._num_known = member, group, num_known
+
+    @cached_property
+    def token_ids(self) -> list[int]:
+        return self._member.token_ids[self._member.num_prompt_tokens : self._num_known]
+
+    @cached_property
+    def text(self) -> str:
+        streamed = self._group[self._member]
+        stream = streamed.caught_up([token for token in self.token_ids if token not in self._member.stop_token_ids])
+        if stream.num_tokens > streamed.num_tokens:
+            self._group[self._member] = stream  # so that reading after each step decodes each token once
+        return stream.shown(self.finish_reason is not None)
+
+    def __repr__(self) -> str:
+        return (f"CompletionOutput(index={self.index}, text={self.text!r}, token_ids={self.token_ids}, "
+                f"finish_reason={self.finish_reason!r}, metrics={self.metrics}, error={self.error!r})")
 
 
 @dataclass(kw_only=True)

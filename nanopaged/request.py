@@ -11,6 +11,7 @@ these are many (prefill); later it is the newest one (decode).
 
 from __future__ import annotations
 
+from array import array
 from enum import Enum
 
 from nanopaged.outputs import RequestMetrics
@@ -60,7 +61,7 @@ class Request:
         self.full_blocks = 0  # blocks in its table at full length
 
         # The scheduler's: its KV.
-        self.block_table: list[int] = []  # logical block i is physical block block_table[i]
+        self.block_table = array("i")  # logical block i is physical block block_table[i]; int32, as a batch copies it
         self.num_computed_tokens = 0  # tokens whose K and V are in the pool
         self.most_computed_tokens = 0  # before any preemption
         self.may_share_tail = False  # whether the partly filled last block may have other holders
@@ -91,4 +92,4 @@ class Request:
 
     def __repr__(self) -> str:
         return (f"Request({self.request_id!r}, {self.status.value}, prompt={self.num_prompt_tokens}, "
-                f"output={self.num_output_tokens}, computed={self.num_computed_tokens}, blocks={self.block_table})")
+                f"output={self.num_output_tokens}, computed={self.num_computed_tokens}, blocks={self.block_table.tolist()})")

@@ -131,7 +131,7 @@ class Scheduler:
             self._move("copy", table[tail], copy)
             table[tail] = copy
         request.may_share_tail = False
-        table += [allocator.take() for _ in range(missing)]
+        table.extend([allocator.take() for _ in range(missing)])
         return True
 
     def _move(self, kind: str, source: int, target: int) -> None:

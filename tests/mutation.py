@@ -55,8 +55,6 @@ SAMPLING, SCHEDULER = "nanopaged/sampling.py", "nanopaged/scheduler.py"
 
 # The behaviour is the same.
 EQUIVALENT: list[Listed] = [
-    Listed("nanopaged/batch.py", "Batch.from_step", "num_tokens == 1", "num_tokens == 0",
-           "one token goes the way of several, slower"),
     Listed("nanopaged/block_allocator.py", "BlockAllocator.__init__", "ROOT_IDENTITY + 1", "ROOT_IDENTITY + 2",
            "any number but the root's is an identity"),
     Listed("nanopaged/pressure/swap_space.py", "SwappingScheduler.__init__",

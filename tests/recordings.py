@@ -50,7 +50,7 @@ class Moment(NamedTuple):
         return cls(
             {**vars(scheduler.allocator.stats()), **vars(scheduler.stats), "num_waiting": len(scheduler.waiting),
              "num_running": len(scheduler.running), "swap_blocks_used": used},
-            {request.request_id: (request.block_table[:], request.num_computed_tokens, len(request.token_ids))
+            {request.request_id: (request.block_table.tolist(), request.num_computed_tokens, len(request.token_ids))
              for request in scheduler.running},
             {request.request_id for request in scheduler.waiting})
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -50,14 +51,19 @@ def engine(preemption: str) -> LLM:
                admission=whatever_fits, order=by_arrival, preemption=preemption, swap_blocks=8)
 
 
-def result(output: RequestOutput) -> Result:
-    """Read with no fault: tokens and text are cut out when they are read, which is not a part of the step."""
+@contextmanager
+def undisturbed_reading() -> Iterator[None]:
+    """Without faults: what an output shows is built when it is read, which is not a part of the step."""
     observer = sys.getprofile()
     sys.setprofile(None)
     try:
-        return [(completion.token_ids, completion.text, completion.finish_reason) for completion in output.outputs]
+        yield
     finally:
         sys.setprofile(observer)
+
+
+def result(output: RequestOutput) -> Result:
+    return [(completion.token_ids, completion.text, completion.finish_reason) for completion in output.outputs]
 
 
 class Run:
@@ -83,10 +89,11 @@ class Run:
                 _, prompt, params = WORK[len(self.ids)]
                 self.ids.append(llm.add_request(prompt, params))
                 return
-            for output in llm.step():
-                if output.finished:
-                    assert output.request_id not in self.results, "reported twice"
-                    self.results[output.request_id] = result(output)
+            outputs = llm.step()
+            with undisturbed_reading():
+                finished = {output.request_id: result(output) for output in outputs if output.finished}
+            assert not finished.keys() & self.results.keys(), "reported twice"
+            self.results.update(finished)
             self.steps += 1
         except InjectedFault:
             self.faults += 1
@@ -111,8 +118,8 @@ def state_of(group: Group) -> list[tuple[list[int], TextStream, str | None]]:
 def assert_text_belongs_to_tokens(llm: LLM, group: Group) -> None:
     for member, stream in group.items():
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        text = decoder.decode(b"".join(
-            llm.tokenizer.bytes_of(token) for token in member.output_token_ids if token not in member.stop_token_ids))
+        tokens = [token for token in member.output_token_ids if token not in member.stop_token_ids]
+        text, stream = decoder.decode(b"".join(map(llm.tokenizer.bytes_of, tokens))), stream.caught_up(tokens)
         if member.finish_reason == "stop":
             assert text.startswith(stream.text), member
         else:
@@ -170,8 +177,8 @@ def undisturbed(request: pytest.FixtureRequest) -> Undisturbed:
 def test_after_a_fault_at_any_call_site_the_same_call_gives_the_same_results(undisturbed: Undisturbed) -> None:
     preemption, results, calls = undisturbed
     for part in ("GPT2.forward", "Attention.forward", "sample", "Tokenizer.encode", "Tokenizer.bytes_of",
-                 "TextStream.extended", "CompletionOutput.__init__", "Batch.from_step", "KVCache.carry_out",
-                 "KVCache.carry_out.<locals>.<lambda>", "LLM.add_request", "LLM.step", "RequestOutput.of"):
+                 "TextStream.extended", "RequestOutput.__init__", "Batch.from_step", "KVCache.carry_out",
+                 "KVCache.carry_out.<locals>.<lambda>", "LLM.add_request", "LLM.step"):
         assert part in calls.functions, f"no fault in {part}"
     chosen = calls.one_of_each_site(1.0)
     assert len(chosen) >= 50 and len(calls.functions) >= 500
@@ -231,7 +238,7 @@ def test_ctrl_c_at_any_call_site_of_generate_leaves_nothing_behind(undisturbed: 
     with Calls(in_blocks=True) as calls:
         generate(llm)
     for part in ("Scheduler.schedule", "Scheduler.update", "Scheduler._preempt", "BlockAllocator.take", "uninterrupted",
-                 "GPT2.forward", "RequestOutput.of", "show_progress"):
+                 "GPT2.forward", "RequestOutput.__init__", "show_progress"):
         assert part in calls.functions, f"no interrupt in {part}"
     for number, where in calls.one_of_each_site(0.3 if preemption == "swap" else 0.8):
         llm, handler = engine(preemption), signal.getsignal(signal.SIGINT)

@@ -7,6 +7,7 @@ Face's transformers computes them. Inside, `dense` judges the paged `forward`.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ class Pool:
 
     def request(self, token_ids: list[int]) -> Request:
         request = Request("any", token_ids, SamplingParams())
-        request.block_table = [self.free.pop() for _ in range(-(-len(token_ids) // BLOCK_SIZE))]
+        request.block_table = array("i", [self.free.pop() for _ in range(-(-len(token_ids) // BLOCK_SIZE))])
         return request
 
     def _compute(self, requests: list[Request], num_tokens: list[int],

@@ -8,7 +8,8 @@ import pytest
 
 from nanopaged import SamplingParams
 from nanopaged.config import engine_stats
-from nanopaged.models.tokenizer import TextStream
+from nanopaged.gpt2 import GPT2Config
+from nanopaged.models.tokenizer import TextStream, Tokenizer, byte_encoding
 from nanopaged.outputs import RequestOutput, SchedulerStats, recent_stats
 from nanopaged.request import Request
 from nanopaged.step import Admission, Step
@@ -65,7 +66,7 @@ def test_an_output_shows_each_continuation_as_it_was_when_it_was_made() -> None:
     one.receive(7, now=1.0)
     two.receive(8, now=1.0)
     two.finish_reason = "stop"
-    output = RequestOutput.of("0", {one: TextStream(None, text="shown"), two: TextStream(None, text="ended")})
+    output = RequestOutput("0", {one: TextStream(None, text="shown"), two: TextStream(None, text="ended")})
     one.receive(9, now=2.0)
     assert (output.request_id, output.prompt_token_ids, output.finished) == ("0", [1, 2, 3], False)
     assert [completion.index for completion in output.outputs] == [0, 1]
@@ -79,27 +80,62 @@ def test_what_an_output_shows_is_cut_out_only_when_it_is_read() -> None:
     """Each step makes an output for each request; what that costs must not grow with the context."""
     (request,) = requests(1)
 
-    class Counted(list):
+    class CountedSlices(list):
         slices = 0
 
         def __getitem__(self, place: object) -> object:
-            Counted.slices += isinstance(place, slice)
+            CountedSlices.slices += isinstance(place, slice)
             return super().__getitem__(place)
 
-    request.token_ids = Counted(request.token_ids)
+    request.token_ids = CountedSlices(request.token_ids)
     request.receive(7, now=1.0)
-    output = RequestOutput.of("0", {request: TextStream(None, text="shown")})
-    assert Counted.slices == 0
+    output = RequestOutput("0", {request: TextStream(None, text="shown")})
+    assert CountedSlices.slices == 0
     request.receive(8, now=2.0)
-    assert output.outputs[0].token_ids == [7] and output.prompt_token_ids == [1, 2, 3] and Counted.slices == 2
-    assert output.outputs[0].token_ids is output.outputs[0].token_ids and Counted.slices == 2
+    assert output.outputs[0].token_ids == [7] and output.prompt_token_ids == [1, 2, 3] and CountedSlices.slices == 2
+    assert output.outputs[0].token_ids is output.outputs[0].token_ids and CountedSlices.slices == 2
+
+
+class Counted(Tokenizer):
+    """Counts the tokens that are decoded."""
+
+    decoded = 0
+
+    def bytes_of(self, token_id: int) -> bytes:
+        self.decoded += 1
+        return super().bytes_of(token_id)
+
+
+def test_text_is_decoded_only_when_it_is_read_and_then_each_token_once() -> None:
+    tokenizer = Counted(byte_encoding())
+    llm = tiny_llm(tiny_model(GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)),
+                   tokenizer=tokenizer)
+    llm.add_request("ab", SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    outputs = [llm.step() for _ in range(6)]
+    assert tokenizer.decoded == 0
+    for (output,) in outputs:
+        assert len(output.outputs[0].token_ids) == output.metrics.output_tokens
+        assert output.outputs[0].text == output.outputs[0].text
+    assert tokenizer.decoded == 6
+
+
+@pytest.mark.parametrize("stop", [[], ["zz"]])
+def test_an_output_that_is_read_late_shows_the_text_that_it_had(stop: list[str]) -> None:
+    llm = tiny_llm(tiny_model(GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=1, n_head=2)),
+                   tokenizer=Tokenizer(byte_encoding()))
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, ignore_eos=True, stop=stop)
+    llm.add_request("ab", params)
+    outputs = [llm.step()[0].outputs[0] for _ in range(12)]
+    texts = [completion.text for completion in reversed(outputs)][::-1]  # the latest is read first
+    llm.add_request("ab", params)
+    assert texts == [llm.step()[0].outputs[0].text for _ in range(12)] and len(set(texts)) > 6
 
 
 def test_an_output_is_printed_with_its_tokens_and_its_text() -> None:
     (request,) = requests(1)
     request.receive(7, now=1.0)
     request.finish_reason, request.error = "error", "not finite"
-    output = RequestOutput.of("0", {request: TextStream(None, text="it's")})
+    output = RequestOutput("0", {request: TextStream(None, text="it's")})
     assert repr(output).startswith("RequestOutput(request_id='0', prompt_token_ids=[1, 2, 3], outputs=[")
     assert "CompletionOutput(index=0, text=\"it's\", token_ids=[7], finish_reason='error', metrics=" in repr(output)
     assert repr(output).endswith("error='not finite')], finished=True)")
@@ -108,6 +144,6 @@ def test_an_output_is_printed_with_its_tokens_and_its_text() -> None:
 def test_a_request_is_finished_when_all_its_continuations_are() -> None:
     members = requests(2)
     for finished, member in enumerate(members):
-        assert not RequestOutput.of("0", {m: TextStream(None) for m in members}).finished
+        assert not RequestOutput("0", {m: TextStream(None) for m in members}).finished
         member.finish_reason = "length"
-    assert RequestOutput.of("0", {m: TextStream(None) for m in members}).finished
+    assert RequestOutput("0", {m: TextStream(None) for m in members}).finished

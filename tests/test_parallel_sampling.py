@@ -82,7 +82,7 @@ def test_the_shared_last_block_is_copied_for_each_writer_but_the_last_which_writ
     own = [member.block_table[2] for member in members]
     assert len(set(own)) == 4 and own[3] == shared
     assert scheduler.moves == [BlockMove("copy", shared, block) for block in own[:3]]
-    assert all(member.block_table[:2] == [first, second] for member in members)
+    assert all(member.block_table[:2].tolist() == [first, second] for member in members)
     assert [scheduler.allocator.ref_count(block) for block in (first, second, *own)] == [4, 4, 1, 1, 1, 1]
     wanted = blocks[:, :, shared].clone()
     wanted[..., 4:, :] = 0
@@ -104,7 +104,7 @@ def test_a_continuation_copies_the_shared_block_in_the_step_in_which_it_first_wr
         patch.setattr(llm.kv_cache, "carry_out", lambda moves: (copies.append(len(moves)), carry_out(moves)))
         while llm.scheduler.has_unfinished():
             (output,) = llm.step()
-            held.append([i for i, member in enumerate(members) if member.block_table == [shared]])
+            held.append([i for i, member in enumerate(members) if member.block_table.tolist() == [shared]])
     # The budget lets two of them run in each step, until they have finished.
     assert copies == [2, 0, 1, 0]
     assert held == [[2, 3], [2, 3], [3], []]
@@ -117,7 +117,7 @@ def test_a_prompt_that_fills_its_blocks_copies_nothing() -> None:
     full = list(members[0].block_table)
     llm.scheduler.schedule()
     assert llm.scheduler.moves == []
-    assert [member.block_table[:2] for member in members] == [full] * 4
+    assert [member.block_table[:2].tolist() for member in members] == [full] * 4
     assert len({member.block_table[2] for member in members}) == 4
     assert_right(finish(llm)["0"], four())
 

@@ -55,5 +55,6 @@ def test_a_follower_takes_a_seat_of_its_leader_until_it_starts() -> None:
 def test_a_request_says_in_one_line_where_it_stands() -> None:
     request = Request("7.0", [1, 2, 3], SamplingParams())
     request.receive(4, now=0.0)
-    request.status, request.num_computed_tokens, request.block_table = RequestStatus.RUNNING, 3, [5]
+    request.status, request.num_computed_tokens = RequestStatus.RUNNING, 3
+    request.block_table.append(5)
     assert repr(request) == "Request('7.0', running, prompt=3, output=1, computed=3, blocks=[5])"

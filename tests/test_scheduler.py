@@ -296,7 +296,7 @@ def test_under_fcfs_the_youngest_gives_way_and_waits_at_the_front_of_the_queue()
     step = engine.step()
     assert (step.requests, step.preempted) == ([old], [young])
     assert engine.waiting == [young, never_ran]
-    assert (young.status, young.num_computed_tokens, young.block_table) == (RequestStatus.WAITING, 0, [])
+    assert (young.status, young.num_computed_tokens, young.block_table.tolist()) == (RequestStatus.WAITING, 0, [])
     assert young.num_output_tokens == 3, "what it has generated it keeps"
     assert (young.metrics.preemptions, engine.scheduler.stats.num_preemptions) == (1, 1)
     assert engine.run() == [continuation([1, 2], 6), continuation([3, 4], 4), continuation([5, 6], 2)]
@@ -544,7 +544,7 @@ def test_a_finished_request_gives_its_blocks_back_at_once() -> None:
     engine = Engine()
     one, other = engine.add(prompt_of(9), max_tokens=1), engine.add([2], max_tokens=6)
     engine.step()
-    assert (one.status, one.block_table) == (RequestStatus.FINISHED, [])
+    assert (one.status, one.block_table.tolist()) == (RequestStatus.FINISHED, [])
     assert engine.allocator.stats().referenced_blocks == len(other.block_table) == 1
 
 
@@ -629,7 +629,7 @@ def test_each_continuation_but_the_last_copies_the_partly_filled_block_before_it
     full, partly = engine.requests[0].block_table
     step = engine.schedule()
     tables = [request.block_table for request in engine.requests]
-    assert [table[:1] for table in tables] == [[full]] * 3
+    assert [table[:1].tolist() for table in tables] == [[full]] * 3
     (one,), (other,), (last,) = (table[1:] for table in tables)
     assert step.moves == engine.scheduler.moves == [BlockMove("copy", partly, one), BlockMove("copy", partly, other)]
     assert last == partly and len({one, other, partly}) == 3
@@ -660,7 +660,7 @@ def test_a_request_that_could_not_be_computed_ends_with_an_error_and_the_others_
     engine.check()
     for request in (bad, bad_too):
         assert (request.status, request.finish_reason, request.error) == (RequestStatus.FINISHED, "error", "overflow")
-        assert (request.block_table, request.output_token_ids) == ([], [])
+        assert (request.block_table.tolist(), request.output_token_ids) == ([], [])
     assert step.ended == [bad, bad_too] and [request for _, request in step.sampled] == [good, good_too]
     assert engine.scheduler.running == [good, good_too]
     assert engine.allocator.find_prefix(prompt_of(9, 1), 9) == [], "nobody finds what it wrote"
@@ -741,7 +741,7 @@ def test_a_request_can_be_aborted_once(request_in_state: Callable[[], tuple[Engi
     engine.scheduler.abort(request)
     engine.scheduler.check_invariants()
     assert (request.status, request.finish_reason) == (RequestStatus.FINISHED, "abort")
-    assert (request.block_table, request.output_token_ids) == ([], output)
+    assert (request.block_table.tolist(), request.output_token_ids) == ([], output)
     assert request not in [*engine.scheduler.running, *engine.waiting]
     with pytest.raises(ValueError, match=repr(request.request_id)):
         engine.scheduler.abort(request)

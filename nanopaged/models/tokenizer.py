@@ -84,7 +84,8 @@ class TextStream(NamedTuple):
     """The text of one continuation, up to the first stop string.
 
     Nothing is changed by a token: `extended` returns another stream. So a step that is repeated after a
-    fault streams its tokens again, from where they were.
+    fault streams its tokens again, from where they were. Without stop strings nobody needs the text before it is
+    read: then `caught_up` decodes what has come since it was read last.
     """
 
     tokenizer: Tokenizer | None  # None: there is no text
@@ -92,11 +93,13 @@ class TextStream(NamedTuple):
     text: str = ""  # up to the last whole character
     pending: bytes = b""  # the beginning of the next
     stopped: bool = False  # a stop string was reached
+    num_tokens: int = 0  # that were decoded
 
     def extended(self, token_id: int) -> TextStream:
         """With one more token."""
         if self.tokenizer is None:
             return self
+        num_tokens = self.num_tokens + 1
         data = self.pending + self.tokenizer.bytes_of(token_id)
         try:
             piece, pending = data.decode(), b""  # whole characters, as nearly always
@@ -104,12 +107,19 @@ class TextStream(NamedTuple):
             decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
             piece, pending = decoder.decode(data), decoder.getstate()[0]
         text = self.text + piece
-        if self.stop:  # seldom, and every token of every request comes this way
+        if self.stop:
             ends = [text.find(stop, max(0, len(self.text) - len(stop) + 1)) for stop in self.stop]
             ends = [end for end in ends if end >= 0]
             if ends:
-                return TextStream(self.tokenizer, self.stop, text[: min(ends)], b"", True)
-        return TextStream(self.tokenizer, self.stop, text, pending)
+                return TextStream(self.tokenizer, self.stop, text[: min(ends)], b"", True, num_tokens)
+        return TextStream(self.tokenizer, self.stop, text, pending, False, num_tokens)
+
+    def caught_up(self, token_ids: list[int]) -> TextStream:
+        """With all tokens of the continuation, of which it has some; or it has more, and begins anew."""
+        stream = self if self.num_tokens <= len(token_ids) else TextStream(self.tokenizer, self.stop)
+        for token_id in token_ids[stream.num_tokens :]:
+            stream = stream.extended(token_id)
+        return stream
 
     def shown(self, finished: bool) -> str:
         """The text for a user. Half a character at the very end is shown as the replacement character."""

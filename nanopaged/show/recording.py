@@ -117,7 +117,7 @@ class Recorder:
             swapped = getattr(self.scheduler, "swapped", {}).get(request)
             line |= {"output": self.tokens(request.output_token_ids), "status": request.status.value,
                      "computed": request.num_computed_tokens, "most_computed": request.most_computed_tokens,
-                     "table": request.block_table[:], "preemptions": request.metrics.preemptions,
+                     "table": request.block_table.tolist(), "preemptions": request.metrics.preemptions,
                      "swapped_blocks": len(swapped.blocks) if swapped else 0}
         line |= self.texts_of(token_ids)
         if self.step is None:
@@ -300,7 +300,7 @@ class _Recorded:
             if may_share and not copied:
                 recorder.note("keep", request.request_id, request.num_computed_tokens // self.block_size)
             if len(table) > held:
-                recorder.note("take", request.request_id, table[held:])
+                recorder.note("take", request.request_id, table[held:].tolist())
         return made
 
     def _preempt(self, request: Request, step: Step) -> None:

@@ -97,7 +97,7 @@ def decode_batch(*block_tables: list[int]) -> Batch:
     """A request with one token in each block of 8, for each table; the last token is computed."""
     requests = [Request(str(table), [1] * (8 * len(table) - 7), SamplingParams()) for table in block_tables]
     for request, table in zip(requests, block_tables):
-        request.block_table = table
+        request.block_table.extend(table)
     step = Step(0, requests, [len(request.token_ids) - 1 for request in requests], [1] * len(requests))
     step.arrange()
     return Batch.from_step(step, 8, CPU)

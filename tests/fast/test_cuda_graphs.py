@@ -68,7 +68,7 @@ def decode_batch(num_requests: int) -> Batch:
     requests = []
     for i in range(num_requests):
         requests.append(Request(str(i), list(range(5 * i, 10 * i + 1)), SamplingParams()))
-        requests[i].block_table = [20 * i + j for j in range(-(-(5 * i + 1) // 4))]
+        requests[i].block_table.extend([20 * i + j for j in range(-(-(5 * i + 1) // 4))])
     step = Step(0, requests, [5 * i for i in range(num_requests)], [1] * num_requests)
     step.arrange()
     return Batch.from_step(step, 4, CPU)

@@ -138,7 +138,7 @@ def test_a_partly_filled_block_that_two_continuations_share_is_swapped_out_for_e
     rng = random.Random(0)
     take_step(scheduler, rng)
     (shared,) = pair.block_table
-    assert follower.block_table == [shared]
+    assert follower.block_table.tolist() == [shared]
     step = take_step(scheduler, rng)
     assert step.preempted == [follower, pair]
     assert step.moves == [BlockMove("to_host", shared, 0), BlockMove("to_host", shared, 1)], "it cannot be found again"
@@ -154,7 +154,7 @@ def test_a_request_whose_blocks_others_need_moves_nothing_and_finds_them_again()
     scheduler.add(leader)
     rng = random.Random(0)
     take_step(scheduler, rng)
-    assert leader.block_table == follower.block_table == [0], "both continuations have this block, and it is full"
+    assert leader.block_table.tolist() == follower.block_table.tolist() == [0], "both continuations have this block, and it is full"
     step = take_step(scheduler, rng)
     assert (step.requests, step.preempted, step.moves) == ([leader], [follower], [])
     assert not scheduler.swapped and scheduler.swap_space.num_available == 4
@@ -235,7 +235,7 @@ def pair_with_one_in_cpu_memory(**options: object) -> tuple[LLM, Request]:
 
 def test_a_request_is_swapped_out_with_all_its_computed_tokens_and_comes_back_with_them() -> None:
     llm, victim = pair_with_one_in_cpu_memory()
-    assert victim.status is RequestStatus.WAITING and victim.block_table == []
+    assert victim.status is RequestStatus.WAITING and not victim.block_table
     swapped = llm.scheduler.swapped[victim]
     assert llm.stats().swap_blocks_used == len(swapped.blocks) == 4
     assert swapped.num_tokens == len(victim.token_ids) - 1

@@ -39,7 +39,7 @@ def test_in_the_scene_of_growth_the_last_request_lies_in_blocks_that_others_left
 
     class Watch:
         def stepped(self, step: object) -> None:
-            tables.update({request.group_id: request.block_table[:] for request in llm.scheduler.running})
+            tables.update({request.group_id: request.block_table.tolist() for request in llm.scheduler.running})
 
     llm.scheduler.listeners.append(Watch())
     play(llm, SCENES[0].arrivals)
