@@ -92,4 +92,4 @@ class Request:
 
     def __repr__(self) -> str:
         return (f"Request({self.request_id!r}, {self.status.value}, prompt={self.num_prompt_tokens}, "
-                f"output={self.num_output_tokens}, computed={self.num_computed_tokens}, blocks={self.block_table.tolist()})")
+                f"output={self.num_output_tokens}, computed={self.num_computed_tokens}, blocks={[*self.block_table]})")
