@@ -78,21 +78,21 @@ class BlockAllocator:
     def take(self) -> int:
         """An empty block with one holder, the caller. Raises OutOfBlocks if all blocks are referenced.
 
-        Free blocks go first, so that cached ones stay findable as long as possible; then the least
-        recently used cached block. Children go before their parents: a request that holds a block
-        holds its parents too and gives back the last block first, so a parent never enters the list
-        of cached blocks before its children.
+        Free blocks go first, so that cached ones stay findable as long as possible.
         """
-        if self._free:
-            block = self._free.pop()
-        elif self._cached:
-            block, _ = self._cached.popitem(last=False)
-            del self._index[self._keys[block]]
-            self._keys[block], self._filled[block] = None, 0
-            self._evicted_blocks += 1
-        else:
+        if self.num_available == 0:
             raise OutOfBlocks(f"all {self.num_blocks} blocks are referenced: end a request, or enlarge the pool")
+        block = self._free.pop() if self._free else self._evict()
         self._ref_counts[block] = 1
+        return block
+
+    def _evict(self) -> int:
+        """Empties the least recently used cached block. Children go before their parents: a request that holds a block
+        holds its parents too, and gives back the last one first, so a parent is never cached before its children."""
+        block, _ = self._cached.popitem(last=False)
+        del self._index[self._keys[block]]
+        self._keys[block], self._filled[block] = None, 0
+        self._evicted_blocks += 1
         return block
 
     def share(self, block: int) -> None:
@@ -124,7 +124,7 @@ class BlockAllocator:
                 self._cached[block] = None
 
     def give_back_all(self, block_table: MutableSequence[int]) -> None:
-        """Empties a block table, last block first (see `take` for why)."""
+        """Empties a block table, last block first (see `_evict` for why)."""
         while block_table:
             self.give_back(block_table.pop())
 
@@ -170,13 +170,11 @@ class BlockAllocator:
         if self._keys[block] not in (None, key):
             raise ValueError(f"block {block} is published already, with other contents")
         twin = self._index.setdefault(key, block)
-        if twin == block:
-            if self._keys[block] is None:
-                self._keys[block] = key
-                self._identities[block] = next(self._next_identity)
-        else:
+        if twin != block:
             self.share(twin)
             self.give_back(block)
+        elif self._keys[block] is None:
+            self._keys[block], self._identities[block] = key, next(self._next_identity)
         return twin
 
     def find_prefix(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:

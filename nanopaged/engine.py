@@ -42,8 +42,7 @@ Group = dict[Request, TextStream]  # the n continuations of one request, in orde
 
 def compute_logits(model: GPT2, kv_cache: torch.Tensor, attention: AttentionBackend, block_size: int,
                    step: Step) -> torch.Tensor:
-    batch = Batch.from_step(step, block_size, kv_cache.device)
-    return model(batch, kv_cache, attention)  # (num_logits, vocab_size)
+    return model(Batch.from_step(step, block_size, kv_cache.device), kv_cache, attention)  # (num_logits, vocab_size)
 
 
 class LLM(Exclusive):

@@ -82,11 +82,10 @@ def _first_kept(speed: torch.Tensor, probs: torch.Tensor, top_k: int, top_p: tor
     the `top_k` likeliest ones. Of equally likely tokens the one with the lower id counts as likelier.
     """
     ids = torch.arange(probs.shape[1], device=probs.device)
+    largest = probs
     if top_k < probs.shape[1]:  # not needed, but faster than taking out one winner after another
         largest = probs.topk(top_k, dim=-1, sorted=False).values  # (rows, top_k)
         speed.masked_fill_(probs < largest.amin(dim=-1, keepdim=True), 0.0)
-    else:
-        largest = probs
     # Summed in double: on a GPU the order of a sum may vary, and its rounding must not move the edge.
     nucleus = top_p * largest.sum(dim=-1, dtype=torch.float64)  # (rows,)
     while True:

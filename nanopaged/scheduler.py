@@ -121,18 +121,21 @@ class Scheduler:
         allocator, table = self.allocator, request.block_table
         missing = max(0, blocks_for(end, self.block_size) - len(table))  # some are there, if an earlier step failed
         while allocator.num_available < missing + self._shares_tail(request):
-            last = self.running.pop()
-            self._preempt(last, step)
+            self._preempt(last := self.running.pop(), step)
             if last is request:
                 return False
         if self._shares_tail(request):  # asked again: the other holder may have given way
-            tail = request.num_computed_tokens // self.block_size
-            copy = allocator.fork(table[tail])  # copy-on-write (vLLM paper, section 4.4)
-            self._move("copy", table[tail], copy)
-            table[tail] = copy
+            self._copy_tail(request)
         request.may_share_tail = False
         table.extend([allocator.take() for _ in range(missing)])
         return True
+
+    def _copy_tail(self, request: Request) -> None:
+        """Copy-on-write (vLLM paper, section 4.4): the block that is written next becomes the request's own."""
+        table, tail = request.block_table, request.num_computed_tokens // self.block_size
+        copy = self.allocator.fork(table[tail])
+        self._move("copy", table[tail], copy)
+        table[tail] = copy
 
     def _move(self, kind: str, source: int, target: int) -> None:
         self.moves.append(BlockMove(kind, source, target))

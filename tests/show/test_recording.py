@@ -15,7 +15,7 @@ from tests.oracle import tiny_model
 from tests.recordings import RandomRun, recorded, storm, tight_scheduler
 from tests.test_engine import BYTES, random_params, random_prompts, tiny_llm
 
-from nanopaged import LLM, SamplingParams
+from nanopaged import LLM, SamplingParams, engine
 from nanopaged.gpt2 import GPT2
 from nanopaged.scheduler import Scheduler
 from nanopaged.show.reading import Line, read
@@ -77,9 +77,9 @@ def test_afterwards_the_engine_is_the_plain_one_again(fails: bool, model: GPT2, 
 def test_an_engine_is_recorded_once_at_a_time(model: GPT2, tmp_path: Path) -> None:
     llm, first, second = tiny_llm(model), tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     with record(llm, str(first)):
-        for engine in (llm, llm.scheduler):
+        for recordable in (llm, llm.scheduler):
             with pytest.raises(ValueError, match="is being recorded already: end that recording first"):
-                with record(engine, str(second)):
+                with record(recordable, str(second)):
                     pass
         assert not second.exists()
         llm.generate([[1, 2, 3]], GREEDY)
@@ -214,7 +214,7 @@ def test_a_steps_seconds_are_those_of_its_phases(model: GPT2, tmp_path: Path, mo
     passing(llm.scheduler, "_admit", 1.0)
     passing(llm.kv_cache, "carry_out", 2.0)
     passing(llm.model, "forward", 4.0)
-    passing(llm, "_failures", 8.0)  # right after sampling
+    passing(engine, "sample", 8.0)
     passing(llm.scheduler, "_start_followers", 16.0)
     with record(llm, str(path)):
         llm.generate([[1, 2, 3]], SamplingParams(n=2, max_tokens=1))
