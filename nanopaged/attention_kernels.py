@@ -108,7 +108,7 @@ def _part_tokens(seq_len, num_parts, SMALLEST_PART: tl.constexpr):
 def _attend(
     q_tile, last_position, begin, seen_by_all, end, table, kv_head, k_cache, v_cache, k_stride_block, v_stride_block,
     scale_log2, CAUSAL: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_ROWS: tl.constexpr,
-    TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
+    TILE_KV: tl.constexpr, NUM_STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):
     """A tile of rows attends to positions begin .. end - 1 of one context.
 
@@ -121,10 +121,10 @@ def _attend(
     weighted = tl.zeros((TILE_ROWS, HEAD_DIM), tl.float32)
     tokens, dims = tl.arange(0, TILE_KV), tl.arange(0, HEAD_DIM)
     # Masked tiles are one or two: too few to load ahead of, and in need of registers.
-    STAGES: tl.constexpr = 1 if k_cache.dtype.element_ty.primitive_bitwidth == 16 else 2
+    MASKED_STAGES: tl.constexpr = 1 if k_cache.dtype.element_ty.primitive_bitwidth == 16 else 2
     for MASKED in tl.static_range(1 + CAUSAL):
         for start in tl.range(seen_by_all if MASKED else begin, end if MASKED else seen_by_all, TILE_KV,
-                              num_stages=STAGES if MASKED else None):
+                              num_stages=MASKED_STAGES if MASKED else NUM_STAGES):
             place = start + tokens  # (TILE_KV,) positions in the request's sequence
             inside = place < end
             block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)  # elements pass 2**31
@@ -155,8 +155,8 @@ def _attend(
 def prompt_kernel(
     q, k_cache, v_cache, block_tables, seq_lens, scale_log2, q_stride_token, q_stride_head, k_stride_block,
     v_stride_block, table_stride, out, query_start, first_row, num_requests,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr,
+    NUM_STAGES: tl.constexpr, WIDEN: tl.constexpr, TILE_Q: tl.constexpr, TILE_ROWS: tl.constexpr,
 ):
     """Program (t, h) computes kv head h of tile t: TILE_Q query tokens of one request.
 
@@ -193,7 +193,7 @@ def prompt_kernel(
     end = tl.minimum(seq_len, seq_len - query_len + (tile + 1) * TILE_Q)
     mean, _ = _attend(q_tile, last_position, 0, seen_by_all, end, block_tables + request.to(tl.int64) * table_stride,
                       kv_head, k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
-                      True, BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, WIDEN)
+                      True, BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, NUM_STAGES, WIDEN)
     num_heads = tl.num_programs(1) * GROUP
     tl.store(out + ((at * num_heads + head) * HEAD_DIM)[:, None] + dims[None, :], mean.to(out.dtype.element_ty),
              mask=row_is_real[:, None])
@@ -203,8 +203,9 @@ def prompt_kernel(
 def decode_kernel(
     q, k_cache, v_cache, block_tables, seq_lens, scale_log2, q_stride_token, q_stride_head, k_stride_block,
     v_stride_block, table_stride, out, log_sums, num_parts,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr, WIDEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr, SPLIT: tl.constexpr, SMALLEST_PART: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr,
+    NUM_STAGES: tl.constexpr, WIDEN: tl.constexpr, TILE_ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    SMALLEST_PART: tl.constexpr,
 ):
     """Program (i, h, p) computes request i's one query token for kv head h, over part p of its context.
 
@@ -228,7 +229,7 @@ def decode_kernel(
                      mask=row_is_real[:, None], other=0.0)  # (TILE_ROWS, HEAD_DIM)
     mean, log_sum = _attend(q_tile, rows, begin, end, end, block_tables + request.to(tl.int64) * table_stride, kv_head,
                             k_cache, v_cache, k_stride_block, v_stride_block, scale_log2,
-                            False, BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, WIDEN)
+                            False, BLOCK_SIZE, HEAD_DIM, TILE_ROWS, TILE_KV, NUM_STAGES, WIDEN)
     num_heads = tl.num_programs(1) * GROUP
     at = (request.to(tl.int64) * num_heads + head) * num_parts + part  # (TILE_ROWS,)
     tl.store(out + (at * HEAD_DIM)[:, None] + dims[None, :], mean.to(out.dtype.element_ty), mask=row_is_real[:, None])

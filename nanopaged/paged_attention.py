@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,9 +26,38 @@ from nanopaged.attention_kernels import (INTERPRETED, decode_kernel, merge_kerne
 
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)  # these and the next are the kernels' limits;
 HEAD_DIMS = (16, 32, 64, 128, 256)  # the torch reference takes any
+LOG2_E = 1.4426950408889634  # the kernels' exponentials are powers of two, which the hardware has
 SMALLEST_PART = 128  # tokens; a shorter part of a context costs more to merge than it saves
 PROGRAMS_PER_MULTIPROCESSOR = 4  # decode programs that wait for memory at once, so that it is never idle
-LOG2_E = 1.4426950408889634  # the kernels' exponentials are powers of two, which the hardware has
+
+
+class Choice(NamedTuple):
+    """How a program walks along a context, and how the contexts of decodes are split."""
+
+    tile_kv: int  # tokens whose K and V are loaded together
+    num_stages: int  # of the loop's pipeline: before a product, 3 load one tile of K and V ahead, and 5 load two
+    num_warps: int
+    smallest_part: int = SMALLEST_PART
+    programs: int = PROGRAMS_PER_MULTIPROCESSOR  # at least, where contexts are long enough to be split
+
+
+# By kernel and bytes of a number, for each of HEAD_DIMS: tile_kv, num_stages, num_warps. No GPU was seen: they follow
+# from bytes under way and registers, as compiled (docs/kernel.md). `bench kernel --tune` tries others on a GPU. Decodes
+# wait for memory: they have two tiles of K and of V under way, 8 KiB each, where four programs have room (three in
+# float32). Prompts compute: theirs is what fits the registers.
+CHOICES = {
+    ("decode", 2): [(64, 5, 4), (64, 5, 4), (64, 5, 4), (32, 5, 4), (16, 5, 4)],
+    ("decode", 4): [(64, 3, 4), (64, 3, 4), (32, 3, 4), (16, 3, 8), (16, 1, 4)],
+    ("prompt", 2): [(64, 2, 4), (64, 2, 4), (64, 2, 4), (32, 2, 4), (16, 3, 8)],
+    ("prompt", 4): [(64, 3, 4), (64, 3, 4), (32, 3, 4), (16, 3, 8), (16, 3, 8)],
+}
+ON_AMD = torch.version.hip is not None  # its 64 KiB of shared memory hold three programs with 3 stages, one with 5
+
+
+def choice_for(kernel: str, head_dim: int, element_bytes: int) -> Choice:
+    """The present choice; `kernel` is "decode" or "prompt"."""
+    choice = Choice(*CHOICES[kernel, element_bytes][HEAD_DIMS.index(head_dim)])
+    return choice._replace(num_stages=min(choice.num_stages, 3)) if ON_AMD else choice
 
 
 def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
@@ -40,16 +69,15 @@ def write_kv_triton(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_c
     if num_tokens:
         with device_of(k):
             write_kv_kernel[(num_tokens,)](
-                k, v, k_cache, v_cache, slots,
-                k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
-                NUM_KV_HEADS=num_kv_heads, TILE_HEADS=triton.next_power_of_2(num_kv_heads),
-                BLOCK_SIZE=k_cache.shape[2], HEAD_DIM=head_dim,
-            )
+                k, v, k_cache, v_cache, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0),
+                v_cache.stride(0), NUM_KV_HEADS=num_kv_heads, TILE_HEADS=triton.next_power_of_2(num_kv_heads),
+                BLOCK_SIZE=k_cache.shape[2], HEAD_DIM=head_dim)
 
 
 def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: RaggedBatch,
-                           scale: float) -> torch.Tensor:
-    """As `paged_attention_torch`, without gathering: the kernels read the blocks where they lie."""
+                           scale: float, choice: Choice | None = None) -> torch.Tensor:
+    """As `paged_attention_torch`, without gathering: the kernels read the blocks where they lie. `choice` is for tests
+    and measurements: it takes the place of what CHOICES has."""
     check_attention(q, k_cache, v_cache, batch)
     check_launch(k_cache)
     block_tables, query_start, seq_lens = batch.block_tables, batch.query_start, batch.seq_lens
@@ -57,25 +85,27 @@ def paged_attention_triton(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torc
     if len(q) == 0:
         return out
     num_requests, (_, num_heads, head_dim), num_kv_heads = len(seq_lens), q.shape, k_cache.shape[1]
-    constants = dict(GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[2],
-                     TILE_KV=max(16, min(64, 8192 // (head_dim * q.element_size()))),  # 8 KiB of K
-                     WIDEN=INTERPRETED and q.dtype == torch.bfloat16)  # its dot takes bfloat16's bits for integers
+    common = dict(GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=k_cache.shape[2],
+                  WIDEN=INTERPRETED and q.dtype == torch.bfloat16)  # its dot takes bfloat16's bits for integers
     with device_of(q):
         # Decodes stand first. Each is one row, where a prompt's tile has 64, and its context may be split.
         if decodes := batch.num_decodes:
-            _decodes(q[:decodes], k_cache, v_cache, block_tables[:decodes], seq_lens, scale, out, constants)
+            chosen = choice or choice_for("decode", head_dim, q.element_size())
+            _decodes(q[:decodes], k_cache, v_cache, block_tables[:decodes], seq_lens, scale, out, chosen, common)
         if decodes < num_requests:
+            chosen = choice or choice_for("prompt", head_dim, q.element_size())
             _prompts(q[decodes:], k_cache, v_cache, block_tables[decodes:], seq_lens[decodes:], scale, out[decodes:],
-                     query_start[decodes:], decodes, constants)
+                     query_start[decodes:], decodes, chosen, common)
     return out
 
 
 def _decodes(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
-             seq_lens: torch.Tensor, scale: float, out: torch.Tensor, constants: dict[str, Any]) -> None:
+             seq_lens: torch.Tensor, scale: float, out: torch.Tensor, choice: Choice, common: dict[str, Any]) -> None:
     """One row of each request: q and out are (num_requests, num_heads, head_dim)."""
-    (num_requests, num_heads, head_dim), num_kv_heads, group = q.shape, k_cache.shape[1], constants["GROUP"]
+    (num_requests, num_heads, head_dim), num_kv_heads, group = q.shape, k_cache.shape[1], common["GROUP"]
     longest = block_tables.shape[1] * k_cache.shape[2]  # what the tables have room for
-    num_parts = parts_of_contexts(num_requests * num_kv_heads, longest, _multiprocessors(q.device))
+    num_parts = parts_of_contexts(num_requests * num_kv_heads, longest, choice.programs * num_multiprocessors(q.device),
+                                  choice.smallest_part)
     # A tensor core's product has 16 rows at least. Exact float32 has no tensor core: one row is one row.
     rows = 1 if group == 1 and q.dtype == torch.float32 else max(16, triton.next_power_of_2(group))
     split = num_parts > 1
@@ -84,25 +114,24 @@ def _decodes(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, bloc
     decode_kernel[(num_requests, num_kv_heads, num_parts)](
         q, k_cache, v_cache, block_tables, seq_lens, scale * LOG2_E, q.stride(0), q.stride(1), k_cache.stride(0),
         v_cache.stride(0), block_tables.stride(0), parts, log_sums, num_parts,
-        TILE_ROWS=rows, SPLIT=split, SMALLEST_PART=SMALLEST_PART, **constants)
+        TILE_ROWS=rows, SPLIT=split, SMALLEST_PART=choice.smallest_part, TILE_KV=choice.tile_kv,
+        NUM_STAGES=choice.num_stages, num_warps=choice.num_warps, **common)
     if split:
         merge_kernel[(num_requests, num_heads)](parts, log_sums, out, seq_lens, num_parts, HEAD_DIM=head_dim,
-                                                 TILE_PARTS=16, SMALLEST_PART=SMALLEST_PART)
+                                                 TILE_PARTS=16, SMALLEST_PART=choice.smallest_part)
 
 
 def _prompts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor,
              seq_lens: torch.Tensor, scale: float, out: torch.Tensor, query_start: torch.Tensor, first_row: int,
-             constants: dict[str, Any]) -> None:
+             choice: Choice, common: dict[str, Any]) -> None:
     """Any number of rows of each request. `query_start` counts from `first_row` rows before those of q and out."""
-    element_bytes, head_dim = q.element_size(), q.shape[2]
-    rows, tile_q = prompt_tile(constants["GROUP"], element_bytes)
+    rows, tile_q = prompt_tile(common["GROUP"], q.element_size())
     # Request i's tiles begin at number query_start[i] // tile_q + i, or a little later than they could.
     prompt_kernel[(len(q) // tile_q + len(seq_lens), k_cache.shape[1])](
         q, k_cache, v_cache, block_tables, seq_lens, scale * LOG2_E, q.stride(0), q.stride(1), k_cache.stride(0),
         v_cache.stride(0), block_tables.stride(0), out, query_start, first_row, len(seq_lens),
-        TILE_Q=tile_q, TILE_ROWS=rows, **constants,
-        # What fits the registers: docs/kernel.md has the compiler's figures.
-        num_stages=2 if element_bytes == 2 else 3, num_warps=4 if head_dim * element_bytes <= 256 else 8)
+        TILE_Q=tile_q, TILE_ROWS=rows, TILE_KV=choice.tile_kv, NUM_STAGES=choice.num_stages,
+        num_warps=choice.num_warps, **common)
 
 
 TRITON = AttentionBackend(write_kv_triton, paged_attention_triton)
@@ -115,18 +144,17 @@ def prompt_tile(group: int, element_bytes: int) -> tuple[int, int]:
     return rows, rows // group
 
 
-def parts_of_contexts(num_contexts: int, longest: int, num_multiprocessors: int) -> int:
+def parts_of_contexts(num_contexts: int, longest: int, num_programs: int, smallest_part: int = SMALLEST_PART) -> int:
     """How many decode programs walk each context: one, where there are contexts enough to keep the GPU busy.
 
-    `num_contexts` are requests times key-value heads, `longest` is the tokens that a context has at most. A context
-    that is shorter than that is divided into as many parts, or fewer: see `_part_tokens`.
+    `num_contexts` are requests times key-value heads, `longest` is the tokens that a context has at most, and
+    `num_programs` are wanted in all. A shorter context is divided into as many parts, or fewer: see `_part_tokens`.
     """
-    wanted = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors, num_contexts)
-    return min(wanted, triton.cdiv(longest, SMALLEST_PART))
+    return min(triton.cdiv(num_programs, num_contexts), triton.cdiv(longest, smallest_part))
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4  # in the interpreter: some number, small enough that a test meets both sides of the rule

@@ -36,7 +36,7 @@ def masked_kernel(q, last, k_cache, v_cache, table, mean, log_sum, k_stride):
     rows, dims = tl.arange(0, 16), tl.arange(0, 16)
     q_tile = tl.load(q + rows[:, None] * 16 + dims[None, :])
     found, logs = attention_kernels._attend(q_tile, tl.load(last + rows), 0, 0, 40, table, 0, k_cache, v_cache,
-                                            k_stride, k_stride, 1.0, True, 8, 16, 16, 16, False)
+                                            k_stride, k_stride, 1.0, True, 8, 16, 16, 16, 2, False)
     tl.store(mean + rows[:, None] * 16 + dims[None, :], found)
     tl.store(log_sum + rows, logs)
 

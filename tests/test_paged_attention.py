@@ -5,24 +5,38 @@ Without a GPU the kernels run in Triton's interpreter, so shapes are tiny.
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
+from array import array
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nanopaged import paged_attention
+from nanopaged.attention_arguments import AttentionBackend
+from nanopaged.batch import Batch
 from nanopaged.paged_attention import (
     BLOCK_SIZES,
+    CHOICES,
     HEAD_DIMS,
     SMALLEST_PART,
+    TRITON,
+    Choice,
+    choice_for,
     paged_attention_triton,
     prompt_tile,
     parts_of_contexts,
     write_kv_triton,
 )
-from nanopaged.torch_attention import paged_attention_torch
+from nanopaged.request import Request
+from nanopaged.sampling_params import SamplingParams
+from nanopaged.step import Step
+from nanopaged.torch_attention import TORCH, paged_attention_torch
+from tests.test_gpt2 import TINY, random_model
 from tests.test_torch_attention import (
     DEVICE,
     RAGGED,
@@ -39,9 +53,13 @@ pytest.importorskip("triton", reason="there is no Triton on this system")
 pytestmark = pytest.mark.gpu_too  # there the kernels are compiled
 
 
-def assert_kernels_attend(case: Case, wanted: torch.Tensor | None = None, atol: float | None = None) -> None:
+SMALL_PARTS = Choice(tile_kv=16, num_stages=3, num_warps=4, smallest_part=16)
+
+
+def assert_kernels_attend(case: Case, wanted: torch.Tensor | None = None, choice: Choice | None = None) -> None:
     """Compares with contiguous attention, unless another answer is given."""
-    assert_attends(paged_attention_triton, case, contiguous_attention(case) if wanted is None else wanted, atol)
+    assert_attends(partial(paged_attention_triton, choice=choice), case,
+                   contiguous_attention(case) if wanted is None else wanted)
 
 
 @pytest.mark.parametrize("lengths, query_lens", RAGGED)
@@ -105,34 +123,60 @@ def test_requests_that_stand_first_with_one_row_are_decodes_and_the_others_promp
 def test_a_decode_beside_a_prompt_is_what_it_is_without_it_and_so_is_the_prompt(
     dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged_attention, "SMALLEST_PART", 16)
-    monkeypatch.setattr(paged_attention, "parts_of_contexts", lambda contexts, longest, multiprocessors: parts)
+    monkeypatch.setattr(paged_attention, "parts_of_contexts", lambda *numbers: parts)
     case = make_case([40, 9, 33, 20], [1, 1, 17, 3], 4, 2, dtype=dtype)
-    together = paged_attention_triton(*case.arguments())
+    together = paged_attention_triton(*case.arguments(), SMALL_PARTS)
 
     def alone(requests: slice, rows: slice, num_decodes: int) -> torch.Tensor:
         batch = SimpleNamespace(block_tables=case.batch.block_tables[requests], seq_lens=case.batch.seq_lens[requests],
                                 query_start=case.batch.query_start[requests.start:requests.stop + 1] - rows.start,
                                 num_decodes=num_decodes, plan=None)
-        return paged_attention_triton(case.q[rows], case.k_cache, case.v_cache, batch, case.scale)
+        return paged_attention_triton(case.q[rows], case.k_cache, case.v_cache, batch, case.scale, SMALL_PARTS)
 
     assert torch.equal(together[:2], alone(slice(0, 2), slice(0, 2), 2))
     assert torch.equal(together[2:], alone(slice(2, 4), slice(2, 22), 0))
 
 
+@pytest.mark.parametrize("attention", [TORCH, TRITON], ids=["torch", "triton"])
+def test_a_mixed_step_of_a_model_gives_the_logits_of_its_decodes_and_its_prompt_in_steps_of_their_own(
+    attention: AttentionBackend
+) -> None:
+    model = random_model(replace(TINY, n_kv_head=2), seed=0).to(DEVICE)
+    rng, blocks = random.Random(0), random.Random(1).sample(range(12), 12)
+    requests = []
+    for length in (21, 9, 30):
+        requests.append(Request("any", [rng.randrange(TINY.vocab_size) for _ in range(length)], SamplingParams()))
+        requests[-1].block_table = array("i", [blocks.pop() for _ in range(-(-length // 8))])
+
+    def step(cache: torch.Tensor, which: slice, starts: list[int], ends: list[int]) -> torch.Tensor:
+        """The logits of all its rows."""
+        step = Step(0, requests[which], starts, [end - start for start, end in zip(starts, ends)])
+        step.arrange()
+        batch = Batch.from_step(step, 8, DEVICE)
+        batch.logits_rows, batch.num_cut = torch.arange(len(batch.token_ids), device=DEVICE), 0
+        return model(batch, cache, attention)
+
+    mixed = torch.full((TINY.n_layer, 2, 12, 2, 8, 16), torch.nan, device=DEVICE)
+    step(mixed, slice(0, 3), [0, 0, 0], [20, 8, 12])  # two prompts but for their last token, and a part of one
+    apart = mixed.clone()
+    got = step(mixed, slice(0, 3), [20, 8, 12], [21, 9, 27])  # two decodes, and a chunk from the middle
+    wanted = [step(apart, slice(2, 3), [12], [27]), step(apart, slice(0, 2), [20, 8], [21, 9])]
+    torch.testing.assert_close(got, torch.cat(wanted[::-1]), atol=3e-5, rtol=0)
+    torch.testing.assert_close(mixed, apart, atol=3e-5, rtol=0, equal_nan=True)
+
+
 def test_the_split_of_a_short_context_does_not_depend_on_how_long_its_table_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a CUDA graph all tables have room for the longest request."""
-    monkeypatch.setattr(paged_attention, "SMALLEST_PART", 16)
-    monkeypatch.setattr(paged_attention, "_multiprocessors", lambda device: 2)
+    monkeypatch.setattr(paged_attention, "num_multiprocessors", lambda device: 2)
     case = make_case([100, 40], [1, 1], 2, 2)
-    narrow = paged_attention_triton(*case.arguments())
+    narrow = paged_attention_triton(*case.arguments(), SMALL_PARTS)
     case.batch.block_tables = torch.nn.functional.pad(case.batch.block_tables, (0, 60))
-    assert torch.equal(narrow, paged_attention_triton(*case.arguments()))
+    assert torch.equal(narrow, paged_attention_triton(*case.arguments(), SMALL_PARTS))
 
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_an_empty_context_gives_zeros_and_no_other_request_notices(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_attention, "parts_of_contexts", lambda contexts, longest, multiprocessors: parts)
+    monkeypatch.setattr(paged_attention, "parts_of_contexts", lambda *numbers: parts)
     for query_lens in ([1, 1, 1], [1, 1, 3]):
         case = make_case([9, 300, 20], query_lens)
         case.batch.seq_lens[0] = 0
@@ -170,12 +214,11 @@ SPLIT_EDGES = [1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100]  # of blocks of 8 tokens
 def test_a_decode_split_over_programs_equals_the_reference(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged_attention, "SMALLEST_PART", 16)
-    monkeypatch.setattr(paged_attention, "_multiprocessors", lambda device: 1000)
+    monkeypatch.setattr(paged_attention, "num_multiprocessors", lambda device: 1000)
     launches = Launches(monkeypatch)
     for lengths in (SPLIT_EDGES, [3, 290]):
         case = make_case(lengths, [1] * len(lengths), num_heads, num_kv_heads, head_dim, dtype=dtype)
-        assert_kernels_attend(case, paged_attention_torch(*case.arguments()))
+        assert_kernels_attend(case, paged_attention_torch(*case.arguments()), SMALL_PARTS)
         assert launches.grids["decode_kernel"][2] == -(-case.batch.block_tables.shape[1] * 8 // 16)
     assert launches.grids["merge_kernel"] == (2, num_heads)
 
@@ -184,7 +227,7 @@ def test_a_decode_split_over_programs_equals_the_reference(
     "length", [SMALLEST_PART - 1, SMALLEST_PART, SMALLEST_PART + 1, 2 * SMALLEST_PART + 1])
 def test_one_request_is_split_at_the_smallest_part_that_pays(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches(monkeypatch)
-    monkeypatch.setattr(paged_attention, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(paged_attention, "num_multiprocessors", lambda device: 132)
     case = make_case([length], [1], 1, 1)
     case.batch.block_tables = case.batch.block_tables[:, :-1]  # no wider than the context needs
     assert_kernels_attend(case)
@@ -193,9 +236,32 @@ def test_one_request_is_split_at_the_smallest_part_that_pays(length: int, monkey
     assert ("merge_kernel" in launches.grids) == (parts > 1)
 
 
+def test_the_table_has_a_choice_that_launches_for_every_kernel_head_size_and_dtype() -> None:
+    assert CHOICES.keys() == {(kernel, size) for kernel in ("decode", "prompt") for size in (2, 4)}
+    for (kernel, size), row in CHOICES.items():
+        assert [choice_for(kernel, head_dim, size)[:3] for head_dim in HEAD_DIMS] == row
+        for head_dim, choice in zip(HEAD_DIMS, row, strict=True):
+            tile_kv, num_stages, num_warps = choice
+            assert tile_kv in (16, 32, 64, 128) and SMALLEST_PART % tile_kv == 0, "parts begin with a tile"
+            assert num_warps in (1, 2, 4, 8) and num_stages >= 1
+
+
+def test_amd_has_three_stages_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = choice_for("decode", 64, 2)
+    monkeypatch.setattr(paged_attention, "ON_AMD", True)
+    assert choice_for("decode", 64, 2) == there._replace(num_stages=3) and there.num_stages == 5
+    assert choice_for("prompt", 64, 2).num_stages == 2
+
+
+@pytest.mark.parametrize("choice", [Choice(16, 3, 4, 16, 8), Choice(128, 2, 8, 64, 1)])
+@pytest.mark.parametrize("query_lens", [[1, 1], [3, 1]], ids=["decode", "prompt"])
+def test_any_choice_computes_the_same(choice: Choice, query_lens: list[int]) -> None:
+    assert_kernels_attend(make_case([70, 19], query_lens), choice=choice)
+
+
 def test_few_contexts_are_split_to_fill_the_multiprocessors_and_many_are_not() -> None:
     def parts(requests: int, longest: int) -> int:
-        return parts_of_contexts(requests * 12, longest, num_multiprocessors=132)
+        return parts_of_contexts(requests * 12, longest, num_programs=4 * 132)
 
     assert parts(1, 1024) == 8  # 96 programs: as many as the smallest part allows
     for requests in (1, 2, 5, 8, 20):

@@ -15,11 +15,12 @@ COMMANDS = {
     "kernel": "attention alone, compared with contiguous attention and with a plain copy of the same bytes",
     "codegen": "registers, spills and load widths of the compiled kernels; needs no GPU",
     "decode": "whole decode steps, with and without CUDA graphs, compared with the memory floor",
-    "gpu": "kernel and decode: everything about a GPU in one run",
+    "gpu": "the demo's answers, kernel, decode, peers and kernel --tune in one run of less than 8 minutes",
     "scheduler": "the scheduler's cost for each token as queue, pool and cache grow",
     "host": "what a step costs in Python, with no model",
     "cost": "the cost of a step, fitted to real steps: the simulator's constants",
     "engine": "the whole engine, compared with static batches, one request at a time, and the floor",
+    "peers": "the whole engine, compared with transformers and vLLM, if they are installed",
 }
 
 

@@ -88,7 +88,9 @@ def instead_of_launching(target: str) -> Iterator[list[tuple[str, object]]]:
         launches.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     with (mock.patch.object(triton.runtime.jit.JITFunction, "run", compile_only),
-          mock.patch.object(paged_attention, "check_launch"), _driver(NoDevice(target))):
+          mock.patch.object(paged_attention, "check_launch"),
+          mock.patch.object(paged_attention, "ON_AMD", TARGETS[target][0] == "hip"),
+          _driver(NoDevice(target))):
         yield launches
 
 

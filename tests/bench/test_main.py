@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.processes import run_python
 
 from nanopaged.bench import __main__ as bench
 
@@ -28,7 +29,7 @@ def copy_without(folder: Path, *names: str) -> None:
 
 
 def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    return run_python(*arguments, cwd=folder)
 
 
 def test_without_a_command_all_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,145 @@
+"""Does a part hold? Runs its checks on a package, and says of the first that fails what was expected.
+
+A part is checked with the student's bodies of this part and the parts before it. What later parts ask for, and is not
+written yet, is lent from the source: so each part can be checked as soon as it is written.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanopaged.lab import grading
+from nanopaged.lab.bodies import BLANK, Body, is_blank, lend
+from nanopaged.lab.grading import Check, checks_of
+from nanopaged.lab.isolation import Outcome, Report, imported_from_elsewhere, isolated
+from nanopaged.lab.labs import Lab
+from nanopaged.lab.workspace import PACKAGE
+
+STARTING = 30.0  # seconds for imports
+
+
+@dataclass(frozen=True)
+class Verdict:
+    words: str  # what should hold
+    holds: bool
+    message: str = ""  # what was expected, and what was done
+
+
+@dataclass(frozen=True)
+class PartResult:
+    lab: str
+    number: int
+    asks: str
+    verdicts: list[Verdict]
+    printed: str  # the end of what the code printed
+
+    @property
+    def holds(self) -> bool:
+        return all(verdict.holds for verdict in self.verdicts)
+
+    @property
+    def not_written(self) -> bool:  # and so fails, in every check
+        return all(BLANK.search(verdict.message) for verdict in self.verdicts)
+
+
+def check_part(folder: Path, lab: Lab, number: int, seed: int = 0) -> PartResult:
+    """Part `number` of a lab, of the package in `folder`."""
+    wanted = checks_of(lab.name, number)
+    limit = STARTING + sum(check.seconds for check in wanted)
+    outcome = isolated(lambda report: _run(report, folder, lab, number, seed), folder, limit)
+    reported = {str(result["words"]): result for result in outcome.results}
+    verdicts = []
+    for check in wanted:
+        if result := reported.get(check.words):
+            verdicts.append(Verdict(check.words, result["holds"] is True, str(result["message"])))
+        else:
+            verdicts.append(Verdict(check.words, False, _why_not_reported(outcome, check)))
+    return PartResult(lab.name, number, lab.parts[number - 1].asks, verdicts, outcome.printed)
+
+
+def _why_not_reported(outcome: Outcome, check: Check) -> str:
+    if outcome.stands:
+        return f"the code was still running after its time was over; it stood at {outcome.stands}"
+    return f"the process {outcome.status} before this was checked"
+
+
+def _run(report: Report, folder: Path, lab: Lab, number: int, seed: int) -> None:
+    """In the process of its own: reports each check."""
+    if lab.launchers:
+        _choose_how_kernels_run()
+    if lab.needs_torch:
+        import torch
+
+        torch.set_num_threads(1)  # the threads that a fork's parent had are not there
+    grading_here = importlib.import_module("nanopaged.lab.grading")  # the grader's, which is another than ours
+    grading_here.seed = seed
+    try:
+        _lend_later_parts(folder, lab, number)
+        checks = grading_here.checks_of(lab.name, number)
+        problem = ""
+        if strangers := imported_from_elsewhere(folder):
+            problem = f"these modules are not the workspace's own: {', '.join(strangers)}"
+    except BaseException as error:
+        checks, problem = checks_of(lab.name, number), f"the package cannot be imported: {_words(error, folder)}"
+    for each in checks:
+        report.allow(each.seconds)
+        message = problem
+        if not message:
+            grading_here.begin()
+            try:
+                each.run()
+            except BaseException as error:  # SystemExit too: whatever it was, the check did not hold
+                message = _failure(error, folder, grading_here)
+        report(words=each.words, holds=not message, message=message)
+
+
+def _choose_how_kernels_run() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _lend_later_parts(folder: Path, lab: Lab, number: int) -> None:
+    for name in [name for name in lab.bodies(number + 1) if name not in lab.bodies(1, number)]:
+        body = Body.of(name)
+        if is_blank((folder / "nanopaged" / body.file).read_text(encoding="utf-8"), body.function):
+            path = PACKAGE / body.file
+            module = importlib.import_module(f"nanopaged.{body.module}")
+            lend(module, path.read_text(encoding="utf-8"), body.function, str(path))
+
+
+def _failure(error: BaseException, folder: Path, grading_here: object) -> str:
+    told = grading_here.told_lines()
+    done = "\nwhat was done:\n" + "\n".join(f"    {line}" for line in told) if told else ""
+    if isinstance(error, grading_here.Failed):
+        return f"{error}{done}"
+    return _words(error, folder) + ("" if _not_written(error) else done)
+
+
+def _words(error: BaseException, folder: Path) -> str:
+    if missing := _not_written(error):
+        return f"this is not written yet: {missing}"
+    if isinstance(error, SyntaxError):
+        return f"{_place(error.filename or '', folder)}, line {error.lineno}: {error.msg}"
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)]
+    where = f", in {own[-1].name} ({_place(own[-1].filename, folder)}, line {own[-1].lineno})" if own else ""
+    return f"it raised {type(error).__name__}: {error}{where}"
+
+
+def _not_written(error: BaseException | None) -> str | None:
+    """The text of the line that stands in place of a body, if that was met."""
+    while error is not None:
+        if isinstance(error, NotImplementedError) and BLANK.match(str(error)):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _place(filename: str, folder: Path) -> str:
+    path = Path(filename)
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else filename

@@ -1,0 +1,148 @@
+"""What does a student get? A folder with a copy of the package that lacks what the lab asks for.
+
+    DIR/README.md       the handout
+    DIR/nanopaged/      the package, without `lab/`: graders are not a part of it
+    DIR/.lab.json       which lab, which commit of nanopaged, and how many hints were given
+
+It is a git repository of its own, so that what was done to it can be seen, and handed in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from nanopaged.lab import labs
+from nanopaged.lab.bodies import Body, blanked, is_blank, launches_blanked, text_of
+from nanopaged.lab.isolation import CHECKOUT
+from nanopaged.lab.labs import Lab
+
+PACKAGE = CHECKOUT / "nanopaged"
+HANDOUTS = CHECKOUT / "docs" / "labs"
+LEFT_OUT = ("lab", "__pycache__")
+BESIDE = ("requirements.txt", "train_free_demo.py")  # what makes a workspace run on its own
+
+
+def message(lab: Lab, body: str) -> str:
+    part = lab.part_of(body)
+    return f"lab {lab.name}, part {part}: write what {lab.parts[part - 1].asks}"
+
+
+def copy_package(folder: Path) -> None:
+    """The source's package, into a folder."""
+    shutil.copytree(PACKAGE, folder / "nanopaged", ignore=shutil.ignore_patterns(*LEFT_OUT))
+
+
+def take_out(folder: Path, chosen: list[Lab], given: int = 0) -> None:
+    """Takes the bodies of labs out of the package in `folder`, but for those of their first `given` parts."""
+    messages: dict[str, dict[str, str]] = {}
+    launches: dict[str, dict[str, str]] = {}
+    for lab in chosen:
+        for name in [name for name in lab.bodies() if name not in lab.bodies(1, given)]:
+            body = Body.of(name)
+            messages.setdefault(body.file, {})[body.function] = message(lab, name)
+            for launcher in lab.launchers:
+                launches.setdefault(Body(launcher, "").file, {})[body.function] = message(lab, name)
+    for file, functions in messages.items():
+        path = folder / "nanopaged" / file
+        path.write_text(blanked(path.read_text(encoding="utf-8"), functions), encoding="utf-8")
+    for file, kernels in launches.items():
+        path = folder / "nanopaged" / file
+        path.write_text(launches_blanked(path.read_text(encoding="utf-8"), kernels), encoding="utf-8")
+
+
+class Workspace:
+    def __init__(self, folder: Path) -> None:
+        """An existing one. Raises ValueError if `folder` is none."""
+        self.folder = folder.resolve()
+        self.file = self.folder / ".lab.json"
+        try:
+            self.state: dict[str, object] = json.loads(self.file.read_text(encoding="utf-8"))
+            self.name = str(self.state["lab"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{folder} is not a lab's workspace: make one with `start LAB DIR`") from None
+        self.labs = labs.every() if self.name == "all" else [labs.get(self.name)] if self.name != "hunt" else []
+
+    @classmethod
+    def start(cls, name: str, folder: Path) -> Workspace:
+        """Makes one. Raises ValueError for an unknown lab, and for a folder that exists or lies in this checkout."""
+        chosen = labs.every() if name == "all" else [] if name == "hunt" else [labs.get(name)]
+        if folder.exists():
+            raise ValueError(f"{folder} exists already: choose another folder")
+        if folder.resolve().is_relative_to(CHECKOUT):
+            raise ValueError(f"{folder} lies inside this checkout: a workspace is a repository of its own, so choose a "
+                             "folder outside")
+        copy_package(folder)
+        take_out(folder, chosen)
+        for file in BESIDE:
+            if (CHECKOUT / file).exists():
+                shutil.copy(CHECKOUT / file, folder)
+        handouts = [HANDOUTS / f"{each}.md" for each in ([name] if name != "all" else labs.NAMES)]
+        texts = [handout.read_text(encoding="utf-8") for handout in handouts if handout.exists()]
+        (folder / "README.md").write_text("\n".join(texts), encoding="utf-8")
+        (folder / ".gitignore").write_text("__pycache__/\n.venv/\nsee.html\n", encoding="utf-8")
+        (folder / ".lab.json").write_text(json.dumps({"lab": name, "commit": commit(), "hints": {}}), encoding="utf-8")
+        _git(folder, "init", "--quiet")
+        _git(folder, "add", "--all")
+        _git(folder, "-c", "user.name=nanopaged", "-c", "user.email=lab@nanopaged", "commit", "--quiet",
+             "-m", f"Lab {name}, as it was handed out")
+        return cls(folder)
+
+    def source(self, file: str) -> str:
+        return (self.folder / "nanopaged" / file).read_text(encoding="utf-8")
+
+    def is_blank(self, name: str) -> bool:
+        """Whether a body is still to be written. One that cannot be found or parsed is not blank, but wrong."""
+        body = Body.of(name)
+        try:
+            return is_blank(self.source(body.file), body.function)
+        except (OSError, ValueError, SyntaxError):
+            return False
+
+    def save(self) -> None:
+        self.file.write_text(json.dumps(self.state), encoding="utf-8")
+
+    def next_hint(self) -> str:
+        """Of the first part with a body that is not written, or else the last; one more each time."""
+        lines = []
+        for lab in self.labs:
+            number = next((n for n, part in enumerate(lab.parts, 1) if any(map(self.is_blank, part.bodies))),
+                          len(lab.parts))
+            hints, key = lab.parts[number - 1].hints, f"{lab.name} {number}"
+            given = min(len(hints), self.state["hints"].get(key, 0) + 1)
+            self.state["hints"][key] = given
+            lines.append(f"{lab.name}, part {number}, hint {given} of {len(hints)}: {hints[given - 1]}")
+        self.save()
+        return "\n".join(lines)
+
+    def diff(self) -> str:
+        """The student's functions beside the source's, as a unified diff."""
+        lines: list[str] = []
+        for lab in self.labs:
+            for name in lab.bodies():
+                body = Body.of(name)
+                theirs = text_of(self.source(body.file), body.function).splitlines()
+                ours = text_of((PACKAGE / body.file).read_text(encoding="utf-8"), body.function).splitlines()
+                lines += difflib.unified_diff(theirs, ours, f"yours/{body.file}", f"source/{body.file} {body.function}",
+                                              lineterm="", n=99)
+        return "\n".join(lines)
+
+
+def commit() -> str | None:
+    """The commit of this checkout; None if it is not a repository."""
+    try:
+        top, head = _git(CHECKOUT, "rev-parse", "--show-toplevel", "HEAD").split("\n")[:2]
+        return head if Path(top) == CHECKOUT else None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ValueError("a workspace is a git repository, and git is not installed: install it") from None
+    return done.stdout
