@@ -5,8 +5,8 @@ the positions of the syntax tree, and not printed anew. In place of the body sta
 
     raise NotImplementedError("lab blocks, part 1: hand out blocks")
 
-A kernel is run by Triton, whose own error would hide this one. So the statement that launches a kernel gets such a line
-before it too.
+A kernel is run by Triton, whose own error would hide this one. So each statement that launches a kernel gets such a line
+before it too, and so does one that launches a kernel that calls it.
 """
 
 from __future__ import annotations
@@ -76,6 +76,20 @@ def launches_blanked(source: str, messages: dict[str, str]) -> str:
     for node, message in sorted(launching, key=lambda launch: -launch[0].lineno):
         lines.insert(node.lineno - 1, _raising(node.col_offset, message))
     return "".join(lines)
+
+
+def users_of(source: str, function: str) -> list[str]:
+    """A function of a module, and the module's functions that call it, directly or not."""
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    users = [function]
+    for user in users:  # which grows meanwhile
+        users += [node.name for node in functions if node.name not in users and _calls(node, user)]
+    return users
+
+
+def _calls(function: ast.FunctionDef, name: str) -> bool:
+    return any(isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+               for node in ast.walk(function))
 
 
 def _launches(node: ast.stmt, kernel: str) -> bool:

@@ -12,7 +12,6 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanopaged.lab import grading
 from nanopaged.lab.bodies import BLANK, Body, is_blank, lend
 from nanopaged.lab.grading import Check, checks_of
 from nanopaged.lab.isolation import Outcome, Report, imported_from_elsewhere, isolated
@@ -50,7 +49,7 @@ def check_part(folder: Path, lab: Lab, number: int, seed: int = 0) -> PartResult
     """Part `number` of a lab, of the package in `folder`."""
     wanted = checks_of(lab.name, number)
     limit = STARTING + sum(check.seconds for check in wanted)
-    outcome = isolated(lambda report: _run(report, folder, lab, number, seed), folder, limit)
+    outcome = isolated(lambda report: _run(report, folder, lab, number, seed, wanted), folder, limit)
     reported = {str(result["words"]): result for result in outcome.results}
     verdicts = []
     for check in wanted:
@@ -67,8 +66,8 @@ def _why_not_reported(outcome: Outcome, check: Check) -> str:
     return f"the process {outcome.status} before this was checked"
 
 
-def _run(report: Report, folder: Path, lab: Lab, number: int, seed: int) -> None:
-    """In the process of its own: reports each check."""
+def _run(report: Report, folder: Path, lab: Lab, number: int, seed: int, wanted: list[Check]) -> None:
+    """In the process of its own: reports each of the checks that are wanted."""
     if lab.launchers:
         _choose_how_kernels_run()
     if lab.needs_torch:
@@ -80,21 +79,21 @@ def _run(report: Report, folder: Path, lab: Lab, number: int, seed: int) -> None
     try:
         _lend_later_parts(folder, lab, number)
         checks = grading_here.checks_of(lab.name, number)
-        problem = ""
         if strangers := imported_from_elsewhere(folder):
-            problem = f"these modules are not the workspace's own: {', '.join(strangers)}"
+            raise ImportError(f"these modules are not the workspace's own: {', '.join(strangers)}")
     except BaseException as error:
-        checks, problem = checks_of(lab.name, number), f"the package cannot be imported: {_words(error, folder)}"
-    for each in checks:
-        report.allow(each.seconds)
-        message = problem
-        if not message:
-            grading_here.begin()
-            try:
-                each.run()
-            except BaseException as error:  # SystemExit too: whatever it was, the check did not hold
-                message = _failure(error, folder, grading_here)
-        report(words=each.words, holds=not message, message=message)
+        for check in wanted:
+            report(words=check.words, holds=False, message=f"the package cannot be imported: {_words(error, folder)}")
+        return
+    for check in checks:
+        report.allow(check.seconds)
+        grading_here.begin()
+        message = ""
+        try:
+            check.run()
+        except BaseException as error:  # SystemExit too: whatever it was, the check did not hold
+            message = _failure(error, folder, grading_here)
+        report(words=check.words, holds=not message, message=message)
 
 
 def _choose_how_kernels_run() -> None:
@@ -105,11 +104,13 @@ def _choose_how_kernels_run() -> None:
 
 
 def _lend_later_parts(folder: Path, lab: Lab, number: int) -> None:
+    if lab.launchers:  # what launches a kernel raises until it is written: a lent one would not run
+        return
     for name in [name for name in lab.bodies(number + 1) if name not in lab.bodies(1, number)]:
         body = Body.of(name)
+        module = importlib.import_module(f"nanopaged.{body.module}")
         if is_blank((folder / "nanopaged" / body.file).read_text(encoding="utf-8"), body.function):
             path = PACKAGE / body.file
-            module = importlib.import_module(f"nanopaged.{body.module}")
             lend(module, path.read_text(encoding="utf-8"), body.function, str(path))
 
 

@@ -11,12 +11,14 @@ WSL.) In it `nanopaged` is the student's, but `nanopaged.lab` stays this one: gr
 from __future__ import annotations
 
 import faulthandler
+import io
 import json
 import os
 import re
 import signal
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +48,24 @@ class Report:
         self.stands.seek(0)
         self.stands.truncate()
         faulthandler.dump_traceback_later(seconds, exit=True, file=self.stands)
+
+
+class Printed(io.TextIOBase):
+    """What is printed goes to a file that is emptied when it is full: only its end is shown."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.written = descriptor, 0
+
+    def write(self, text: str) -> int:
+        data = text[-SHOWN:].encode(errors="replace")
+        if self.written + len(data) > PRINTED // 2:
+            os.ftruncate(self.descriptor, 0)
+            self.written = 0
+        self.written += os.write(self.descriptor, data)
+        return len(text)
+
+    def fileno(self) -> int:
+        return self.descriptor
 
 
 class Outcome(NamedTuple):
@@ -103,11 +123,16 @@ def _child(task: Callable[[Report], object], folder: Path, seconds: float, files
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, target in ((nothing, 0), (printed, 1), (printed, 2)):
         os.dup2(descriptor, target)
+    sys.stdout = sys.stderr = Printed(printed)
     _limit()
     report = Report(results, stands)
     report.allow(seconds)
     _become(folder)
-    task(report)
+    try:
+        task(report)
+    except BaseException:
+        traceback.print_exc()
+        raise
     os._exit(0)
 
 

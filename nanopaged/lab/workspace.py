@@ -16,13 +16,23 @@ import subprocess
 from pathlib import Path
 
 from nanopaged.lab import labs
-from nanopaged.lab.bodies import Body, blanked, is_blank, launches_blanked, text_of
+from nanopaged.lab.bodies import Body, blanked, is_blank, launches_blanked, text_of, users_of
 from nanopaged.lab.isolation import CHECKOUT
 from nanopaged.lab.labs import Lab
 
 PACKAGE = CHECKOUT / "nanopaged"
 HANDOUTS = CHECKOUT / "docs" / "labs"
 LEFT_OUT = ("lab", "__pycache__")
+HUNT = "hunt"  # the folder of a student's tests
+EXAMPLE = '''"""Tests that hunt bugs. Each must pass on every right solution, and fail on as many wrong ones as it can."""
+
+from nanopaged.block_allocator import BlockAllocator
+
+
+def test_two_calls_of_take_give_two_blocks() -> None:
+    pool = BlockAllocator(num_blocks=2, block_size=4)
+    assert {pool.take(), pool.take()} == {0, 1}
+'''
 BESIDE = ("requirements.txt", "train_free_demo.py")  # what makes a workspace run on its own
 
 
@@ -39,17 +49,19 @@ def copy_package(folder: Path) -> None:
 def take_out(folder: Path, chosen: list[Lab], given: int = 0) -> None:
     """Takes the bodies of labs out of the package in `folder`, but for those of their first `given` parts."""
     messages: dict[str, dict[str, str]] = {}
-    launches: dict[str, dict[str, str]] = {}
+    launches: list[tuple[str, dict[str, str]]] = []  # in the order of parts, in which the lines will stand
     for lab in chosen:
         for name in [name for name in lab.bodies() if name not in lab.bodies(1, given)]:
             body = Body.of(name)
             messages.setdefault(body.file, {})[body.function] = message(lab, name)
             for launcher in lab.launchers:
-                launches.setdefault(Body(launcher, "").file, {})[body.function] = message(lab, name)
+                kernels = users_of((folder / "nanopaged" / body.file).read_text(encoding="utf-8"), body.function)
+                line = f"{message(lab, name)}; then delete this line"
+                launches.append((Body(launcher, "").file, dict.fromkeys(kernels, line)))
     for file, functions in messages.items():
         path = folder / "nanopaged" / file
         path.write_text(blanked(path.read_text(encoding="utf-8"), functions), encoding="utf-8")
-    for file, kernels in launches.items():
+    for file, kernels in launches:
         path = folder / "nanopaged" / file
         path.write_text(launches_blanked(path.read_text(encoding="utf-8"), kernels), encoding="utf-8")
 
@@ -80,6 +92,9 @@ class Workspace:
         for file in BESIDE:
             if (CHECKOUT / file).exists():
                 shutil.copy(CHECKOUT / file, folder)
+        if name == "hunt":
+            (folder / HUNT).mkdir()
+            (folder / HUNT / "test_example.py").write_text(EXAMPLE, encoding="utf-8")
         handouts = [HANDOUTS / f"{each}.md" for each in ([name] if name != "all" else labs.NAMES)]
         texts = [handout.read_text(encoding="utf-8") for handout in handouts if handout.exists()]
         (folder / "README.md").write_text("\n".join(texts), encoding="utf-8")
@@ -132,12 +147,10 @@ class Workspace:
 
 
 def commit() -> str | None:
-    """The commit of this checkout; None if it is not a repository."""
-    try:
-        top, head = _git(CHECKOUT, "rev-parse", "--show-toplevel", "HEAD").split("\n")[:2]
-        return head if Path(top) == CHECKOUT else None
-    except (OSError, subprocess.CalledProcessError):
+    """The commit of this checkout; None if it is not a repository, or its package differs from the commit's."""
+    if not (CHECKOUT / ".git").exists() or _git(CHECKOUT, "status", "--porcelain", "--", "nanopaged"):
         return None
+    return _git(CHECKOUT, "rev-parse", "HEAD").strip()
 
 
 def _git(folder: Path, *arguments: str) -> str:

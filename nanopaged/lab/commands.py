@@ -1,0 +1,249 @@
+"""What do the commands print? One function for each; it returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from nanopaged.lab import bugs, labs
+from nanopaged.lab import hunt as hunting
+from nanopaged.lab.at_commit import check_elsewhere
+from nanopaged.lab.check import PartResult, check_part
+from nanopaged.lab.labs import Lab
+from nanopaged.lab.prove import check_planted, proofs_of
+from nanopaged.lab.scenario import play
+from nanopaged.lab.workspace import PACKAGE, Workspace
+from nanopaged.progress import show_progress
+from nanopaged.report import table
+from nanopaged.validation import has_folder, require_int
+
+COMMAND = "python -m nanopaged.lab"
+
+
+def overview(args: argparse.Namespace) -> int:
+    for lab in labs.every():
+        print(f"{lab.name:<10} {lab.title} ({lab.hours} hours, an estimate; {len(lab.parts)} parts)")
+        print(textwrap.fill(f"You learn {lab.learns}.", 100, initial_indent=" " * 11, subsequent_indent=" " * 11))
+    print(f"{'hunt':<10} Write tests that find planted bugs (4 to 8 hours, an estimate)")
+    print(f"\n{COMMAND} start LAB DIR    begins one; --help shows all commands")
+    return 0
+
+
+def start(args: argparse.Namespace) -> int:
+    workspace = Workspace.start(args.lab, args.folder)
+    print(f"{workspace.folder} is ready: read its README.md, write the functions that raise NotImplementedError, then\n"
+          f"    {COMMAND} check {args.folder}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    workspace = Workspace(args.folder)
+    if (status := check_elsewhere(workspace, args)) is not None:
+        return status
+    if workspace.name == "hunt":
+        return _check_hunt(workspace, args.json)
+    chosen = [lab for lab in workspace.labs if args.lab in (None, lab.name)]
+    if args.part is not None:
+        if len(chosen) > 1:
+            raise ValueError("this workspace has all labs: name one with --lab")
+        require_int("PART", args.part, 1, len(chosen[0].parts))
+    results = []
+    for result in _results(workspace, chosen, args.part, args.seed):
+        _print_result(result)
+        results.append(result)
+    if args.json:
+        args.json.write_text(json.dumps(gradescope(results), indent=1) + "\n", encoding="utf-8")
+    missing = sum(not result.holds for result in results)
+    print(f"\n{len(results) - missing} of {len(results)} parts hold." + ("" if missing else f" {COMMAND} diff shows "
+                                                                        "the source's solution beside yours."))
+    return int(missing > 0)
+
+
+def _results(workspace: Workspace, chosen: list[Lab], part: int | None, seed: int = 0) -> Iterator[PartResult]:
+    for lab in chosen:
+        if lab.needs_torch:
+            import torch  # noqa: F401  here once, and then in the process of each part
+        for number in [part] if part else range(1, len(lab.parts) + 1):
+            show_progress(f"checking {lab.name}, part {number}")
+            result = check_part(workspace.folder, lab, number, seed)
+            show_progress("")
+            yield result
+
+
+def _print_result(result: PartResult) -> None:
+    held = sum(verdict.holds for verdict in result.verdicts)
+    state = "holds" if result.holds else "not written yet" if result.not_written else f"{held} of {len(result.verdicts)}"
+    print(f"{result.lab}, part {result.number}: {result.asks}: {state}", flush=True)
+    for verdict in result.verdicts:
+        if not verdict.holds and not result.not_written:
+            print(textwrap.indent(f"does not hold: {verdict.words}\n{verdict.message}", "    "))
+            if result.printed:
+                print(textwrap.indent(f"the code printed (the end of it):\n{result.printed}", "    "))
+            return
+
+
+def gradescope(results: list[PartResult]) -> dict[str, object]:
+    """As Gradescope reads it: each check is a test, and all weigh the same; together they are 100 points."""
+    verdicts = [(result, verdict) for result in results for verdict in result.verdicts]
+    points = 100 / len(verdicts)
+    tests = [{"name": f"{result.lab}, part {result.number}: {verdict.words}", "score": points * verdict.holds,
+              "max_score": points, "status": "passed" if verdict.holds else "failed", "output": verdict.message}
+             for result, verdict in verdicts]
+    return {"score": points * sum(verdict.holds for _, verdict in verdicts), "tests": tests}
+
+
+def _check_hunt(workspace: Workspace, file: Path | None) -> int:
+    found = hunting.hunt(workspace.folder, show_progress)
+    show_progress("")
+    for solution, complaint in found.right.items():
+        print(f"{solution}: {'the tests pass' if not complaint else 'the tests fail, and must not'}")
+        if complaint:
+            print(textwrap.indent(complaint, "    "))
+    killed, total = sum(found.killed), len(bugs.every_bug())
+    if found.is_fair:
+        alive = [str(number) for number, dead in enumerate(found.killed, 1) if not dead]
+        print(f"killed: {killed} of {total} bugs" + (f"; alive: {', '.join(alive)}" if alive else ""))
+    else:
+        print("No bug was tried: first the tests must pass on every right solution.")
+    if file:
+        file.write_text(json.dumps({"score": 100 * killed / total, "tests": [
+            {"name": f"bug {number}", "score": 100 / total * dead, "max_score": 100 / total}
+            for number, dead in enumerate(found.killed, 1)]}, indent=1) + "\n", encoding="utf-8")
+    return int(killed < total)
+
+
+def see(args: argparse.Namespace) -> int:
+    if not has_folder("show"):
+        raise ValueError("this needs the folder nanopaged/show/, which is missing: restore it")
+    from nanopaged.show.movie import page, pool_scene
+
+    workspace = Workspace(args.folder)
+    scenes = []
+    with TemporaryDirectory() as scratch:
+        for lab in workspace.labs:
+            recording = Path(scratch) / f"{lab.name}.jsonl"
+            seen = play(workspace.folder, lab, lab.scenario, recording)
+            if seen["error"]:
+                print(f"{lab.name}: it did not get to its end: {seen['error']}")
+            if recording.exists() and recording.stat().st_size:
+                scenes.append(pool_scene(str(recording), lab.title, lab.scenario.watch))
+    if not scenes:
+        raise ValueError("there is nothing to see yet: this lab has no scenario, or its code did not run")
+    file = workspace.folder / "see.html"
+    file.write_text(page(scenes, f"Lab {workspace.name}"), encoding="utf-8")
+    print(f"{file}: open it in a browser. {' '.join(lab.scenario.watch for lab in workspace.labs)}")
+    return 0
+
+
+def hint(args: argparse.Namespace) -> int:
+    print(Workspace(args.folder).next_hint())
+    return 0
+
+
+def diff(args: argparse.Namespace) -> int:
+    workspace = Workspace(args.folder)
+    if unwritten := [name for lab in workspace.labs for name in lab.bodies() if workspace.is_blank(name)]:
+        raise ValueError(f"not everything is written yet ({unwritten[0]}): the source is shown when the lab passes")
+    if failing := next((result for result in _results(workspace, workspace.labs, None) if not result.holds), None):
+        raise ValueError(f"{failing.lab}, part {failing.number} does not hold yet: the source is shown when the lab passes")
+    print(workspace.diff() or "The functions are the source's, to the letter.")
+    return 0
+
+
+def grade(args: argparse.Namespace) -> int:
+    folders = sorted(path for path in args.folder.iterdir() if path.is_dir())
+    if not folders:
+        raise ValueError(f"{args.folder} has no folders: it should have one for each student, with a workspace in it")
+    with open(args.csv, "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["folder", "lab", "score", "parts that hold", "parts", "first failure"])
+        for number, folder in enumerate(folders, 1):
+            show_progress(f"{number} of {len(folders)}: {folder.name}")
+            rows.writerow([folder.name, *_graded(folder)])
+            file.flush()
+    show_progress("")
+    print(f"{len(folders)} folders graded: {args.csv}")
+    return 0
+
+
+def _graded(folder: Path) -> list[object]:
+    try:
+        workspace = Workspace(folder)
+    except ValueError as error:
+        return ["", 0, 0, 0, str(error)]
+    if workspace.name == "hunt":
+        found = hunting.hunt(workspace.folder)
+        unfair = next((complaint for complaint in found.right.values() if complaint), "")
+        return ["hunt", round(100 * sum(found.killed) / len(bugs.every_bug()), 1), int(found.is_fair), 1, unfair]
+    results = list(_results(workspace, workspace.labs, None))
+    first = next((f"{result.lab}, part {result.number}: {verdict.words}" for result in results
+                  for verdict in result.verdicts if not verdict.holds), "")
+    return [workspace.name, round(gradescope(results)["score"], 1), sum(result.holds for result in results),
+            len(results), first]
+
+
+def bug(args: argparse.Namespace) -> int:
+    if args.name is None:
+        print(table(["bug", "lab", "part", "symptom"], [[planted.name, lab, planted.part, planted.symptom]
+                                                       for lab, planted in bugs.every_bug()]))
+        return 0
+    lab_name, planted = bugs.named(args.name)
+    lab = labs.get(lab_name)
+    print(textwrap.fill(f"{planted.name} (lab {lab_name}, part {planted.part}). {planted.story}", 110))
+    print(textwrap.fill(f"Symptom: {planted.symptom}", 110))
+    for file, old, new in planted.changes:
+        print("\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), file, file, lineterm="", n=0)))
+    scenario = planted.scenario or lab.scenario
+    with TemporaryDirectory() as scratch:
+        folder = bugs.variant(Path(scratch).resolve())
+        right = play(folder, lab, scenario)
+        bugs.plant(planted, folder)
+        wrong = play(folder, lab, scenario)
+    print("\nThe same requests, on the source and on the bug:\n" + table(["", "source", "bug"], _beside(right, wrong)))
+    result = check_planted(lab, planted)
+    caught = next((verdict for verdict in result.verdicts if not verdict.holds), None)
+    print(f"\nCaught by part {planted.part}: {caught.words}\n{textwrap.indent(caught.message, '    ')}" if caught
+          else f"\nNot caught: part {planted.part} holds.")
+    return int(caught is None)
+
+
+def _beside(right: dict[str, object], wrong: dict[str, object]) -> list[list[object]]:
+    rows = [["steps", "steps"], ["tokens computed", "computed"], ["of them again", "recomputed"],
+            ["preemptions", "preemptions"], ["blocks held at the end", "held"], ["order of finishing", "order"],
+            ["error", "error"]]
+    cells = [[title, _cell(right.get(key)), _cell(wrong.get(key))] for title, key in rows]
+    texts = [right.get("texts", {}), wrong.get("texts", {})]
+    return cells + [[f"text of request {request}", *(_cell(repr(text.get(request, ""))) for text in texts)]
+                    for request in sorted({*texts[0], *texts[1]}, key=int)]
+
+
+def _cell(value: object) -> str:
+    text = " ".join(value) if isinstance(value, list) else "" if value is None else str(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def prove(args: argparse.Namespace) -> int:
+    require_int("--seeds", args.seeds, 1)
+    wrong = total = 0
+    for name in args.lab or labs.NAMES:
+        lab = labs.get(name)
+        if lab.needs_torch:
+            import torch  # noqa: F401
+        number = 0
+        for number, proof in enumerate(proofs_of(lab, range(args.seeds)), 1):
+            show_progress(f"{number}: {proof.what}")
+            if proof.wrong:
+                show_progress("")
+                print(f"wrong: {proof.what}: {proof.wrong}", flush=True)
+                wrong += 1
+        show_progress("")
+        print(f"{name}: {number} proofs", flush=True)
+        total += number
+    print(f"{total - wrong} of {total} proofs are as they should be.")
+    return int(wrong > 0)

@@ -1,0 +1,57 @@
+"""A student's tests are scored by the bugs that they kill, once they are fair to every right solution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanopaged.lab import bugs, hunt
+from nanopaged.lab.bugs import Bug
+from nanopaged.lab.workspace import EXAMPLE
+
+BUGS = [
+    ("blocks", Bug("one", 1, "", "", (("block_allocator.py", "return len(self._free) + len(self._cached)", "return 7"),))),
+    ("blocks", Bug("two", 1, "", "", (("block_allocator.py", "self._ref_counts[block] = 1\n", "while True: pass\n"),))),
+    ("blocks", Bug("three", 1, "", "", (("sampling_params.py", "n: int = 1", "n: int = 2"),))),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(bugs, "every_bug", lambda: BUGS)
+    (tmp_path / "hunt").mkdir()
+    (tmp_path / "hunt" / "test_example.py").write_text(EXAMPLE)
+    return tmp_path.resolve()
+
+
+def test_a_bug_is_killed_if_a_test_fails_on_it_or_does_not_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(folder / "hunt" / "test_example.py", "a") as file:
+        file.write("\n\ndef test_all_blocks_can_be_taken() -> None:\n"
+                   "    assert BlockAllocator(2, 4).num_available == 2\n")
+    monkeypatch.setattr(hunt, "SHORTEST", 1.0)
+    said: list[str] = []
+    found = hunt.hunt(folder, said.append)
+    assert found.is_fair and found.killed == [True, True, False]
+    assert "bug 3 of 3: 2 killed" in said
+
+
+def test_tests_that_fail_on_the_source_score_nothing_and_see_why(folder: Path) -> None:
+    (folder / "hunt" / "test_wrong.py").write_text("def test_wrong() -> None:\n    assert 1 + 1 == 3\n")
+    found = hunt.hunt(folder)
+    assert not found.is_fair and found.killed == []
+    assert "assert (1 + 1) == 3" in found.right["the source"]
+
+
+def test_tests_that_look_into_the_source_fail_on_another_right_solution(folder: Path) -> None:
+    (folder / "hunt" / "test_inside.py").write_text(
+        "from nanopaged.block_allocator import BlockAllocator\n\n\n"
+        "def test_inside() -> None:\n    assert BlockAllocator(2, 4)._free == [1, 0]\n")
+    found = hunt.hunt(folder)
+    assert found.right["the source"] == "" and found.right["another right solution of blocks"] != ""
+    assert not found.is_fair and found.killed == []
+
+
+def test_no_tests_at_all_pass_nothing(folder: Path) -> None:
+    (folder / "hunt" / "test_example.py").unlink()
+    assert not hunt.hunt(folder).is_fair
