@@ -7,19 +7,11 @@ import re
 import select
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-# A shell starts background jobs with SIGINT ignored, and a child inherits that, but not a handler of Python's.
-HEED_SIGINT = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-RUN = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-OWN_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # so that its Ctrl-C is a signal
+from tests.processes import start_python
 
 
 class Resize(NamedTuple):
@@ -50,9 +42,8 @@ def in_terminal(*command: str, ctrl_c_at: str | None = None, columns: int = 80, 
     keyboard, terminal = pty.openpty()
     set_size(keyboard, columns, rows)
     inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
-    process = subprocess.Popen([sys.executable, "-c", HEED_SIGINT + OWN_TERMINAL + RUN, *command], cwd=ROOT,
-                               env={**inherited, "TERM": "xterm", **(environment or {})}, stdin=terminal,
-                               stdout=terminal, stderr=terminal, start_new_session=True)
+    process = start_python(*command, streams=(terminal, terminal, terminal),
+                           environment={**inherited, "TERM": "xterm", **(environment or {})})
     os.close(terminal)
     written = b""
     try:

@@ -7,11 +7,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import train_free_demo
+from tests.processes import run_python
 
 from nanopaged.show import movie, scenes
 
@@ -20,7 +20,7 @@ DEMO = Path(train_free_demo.__file__)
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, DEMO, *arguments], capture_output=True, text=True, env=environment)
+    return run_python(DEMO, *arguments, environment=environment)
 
 
 def test_with_no_arguments_every_continuation_matches_and_sharing_mattered() -> None:
@@ -46,7 +46,7 @@ def test_with_no_arguments_every_continuation_matches_and_sharing_mattered() -> 
 
 
 def test_a_wrong_continuation_is_reported_and_fails(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    jobs = train_free_demo.story_jobs(3, 8, seed=0)
+    jobs = train_free_demo.storm_jobs(3, 8, seed=0)  # their prompts are short
     jobs[1].expected = "nonsense"
     monkeypatch.setitem(train_free_demo.WORKLOADS, "story", (lambda *_: jobs, 3, 200, 8))
     assert train_free_demo.main(["--device", "cpu"]) == 1
@@ -92,7 +92,7 @@ def test_a_wrong_argument_gets_one_clear_line_and_status_2(arguments: list[str],
 def test_the_storm_workload_storms_when_greedy_and_not_when_room_is_reserved(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(train_free_demo.WORKLOADS, "storm", (train_free_demo.storm_jobs, 4, 16, 100))
+    monkeypatch.setitem(train_free_demo.WORKLOADS, "storm", (train_free_demo.storm_jobs, 4, 8, 40))
     for admission, stormy in (("greedy", True), ("reserve", False)):
         caplog.clear()
         assert train_free_demo.main(["--workload", "storm", "--admission", admission, "--device", "cpu"]) == 0
@@ -132,8 +132,8 @@ def test_a_scene_that_goes_wrong_is_reported_and_fails(monkeypatch: pytest.Monke
                                                        capsys: pytest.CaptureFixture) -> None:
     arrival = scenes.SCENES[1].arrivals[1]._replace(expected=("nonsense",))
     monkeypatch.setattr(scenes, "SCENES", [dataclasses.replace(scenes.SCENES[1], arrivals=[arrival])])
-    assert train_free_demo.main(["--device", "cpu", "--requests", "1", "--max-tokens", "2", "--movie",
-                                 str(tmp_path / "pool.html")]) == 1
+    assert train_free_demo.main(["--device", "cpu", "--workload", "storm", "--requests", "1", "--max-tokens", "2",
+                                 "--movie", str(tmp_path / "pool.html")]) == 1
     written = capsys.readouterr().out
     assert "scene 1 (two lengths): request 0 went wrong" in written and "1/1 continuations match" in written
 

@@ -23,7 +23,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.processes import run_python
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,8 +171,7 @@ def python(words: Sequence[str], given: object = None, files: Mapping[str, str] 
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (files or {}).items():
             Path(folder, name).write_text(text, encoding="utf-8")
-        return subprocess.run([sys.executable, *words], cwd=folder, env={**environment, **variables}, text=True,
-                              capture_output=True, input=json.dumps(given), timeout=120)
+        return run_python(*words, cwd=Path(folder), environment={**environment, **variables}, given=json.dumps(given))
 
 
 def python_problems(document: Document) -> list[str]:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.terminal import HEED_SIGINT, ROOT, RUN, in_terminal
+from tests.processes import HEED_SIGINT, ROOT, RUN
+from tests.terminal import in_terminal
 
 from nanopaged import report
 from nanopaged.report import environment, table

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from tests.processes import run_python
 
-ROOT = Path(__file__).parents[1]
 HIDE = "import sys; sys.modules['triton'] = None; "  # importing it raises ImportError, as if it were not installed
 
 
 def without_triton(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-c", HIDE + program, *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    return run_python("-c", HIDE + program, *arguments, environment=environment)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -281,8 +281,10 @@ def test_a_terminal_that_cannot_show_a_letter_gets_a_question_mark(stage: Callab
 # The demonstration itself, in a pseudo-terminal.
 
 STORY = ("train_free_demo.py", "--device", "cpu", "--requests", "6", "--max-tokens", "8", "--num-blocks", "130")
+WAVES = ("train_free_demo.py", "--device", "cpu", "--workload", "storm", "--requests", "6", "--num-blocks", "16",
+         "--max-tokens", "8")  # short prompts, in several waves
 STORM = ("train_free_demo.py", "--device", "cpu", "--workload", "storm", "--admission", "greedy", "--requests", "4",
-         "--num-blocks", "16", "--max-tokens", "100")
+         "--num-blocks", "8", "--max-tokens", "40")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -307,7 +309,7 @@ def assert_is_whole(seen: Shown, others: int = 0) -> None:
 
 @pytest.mark.parametrize("columns, rows", [(60, 15), (200, 50)])
 def test_the_demo_draws_in_place_and_leaves_the_last_picture_and_the_table(columns: int, rows: int) -> None:
-    written = demo(*STORY, columns=columns, rows=rows)
+    written = demo(*WAVES, columns=columns, rows=rows)
     first, *_, last = written.split(terminal.WRAP_OFF)
     assert not re.sub(COLOUR, "", first), "nothing stands above the picture"
     pictures = written.removesuffix(last.partition(terminal.WRAP_ON)[2])
@@ -319,7 +321,7 @@ def test_the_demo_draws_in_place_and_leaves_the_last_picture_and_the_table(colum
 @pytest.mark.parametrize("before, after", [((120, 40), (60, 15)), ((60, 15), (120, 40))])
 def test_the_demo_goes_on_in_a_window_that_is_resized(before: tuple[int, int], after: tuple[int, int]) -> None:
     resize = Resize(r"step 3: .*\x1b\[\?7h", *after)
-    written = demo(*STORY, columns=before[0], rows=before[1], resize=resize)
+    written = demo(*WAVES, columns=before[0], rows=before[1], resize=resize)
     # A terminal that becomes lower pushes the upper part of the old picture out of the window.
     assert_is_whole(screen(written, *before), others=int(after < before))
 
@@ -336,7 +338,7 @@ def test_the_storm_warnings_stay_above_the_picture() -> None:
 
 
 def test_without_colour_the_picture_is_the_same_and_has_none() -> None:
-    plain, coloured = demo(*STORY, columns=200, rows=50, NO_COLOR="1"), demo(*STORY, columns=200, rows=50)
+    plain, coloured = demo(*WAVES, columns=200, rows=50, NO_COLOR="1"), demo(*WAVES, columns=200, rows=50)
     assert COLOUR.search(coloured) and not COLOUR.search(plain)
     assert not COMMAND.sub("", plain).count("\x1b")
     table = re.compile(r"tokens/s.*|time .*")
