@@ -49,7 +49,8 @@ def assert_consistent(scheduler: Scheduler, where: str = "") -> None:
         room = len(request.block_table) * pool.block_size
         assert request.num_computed_tokens <= room, f"{request} has computed more tokens than its blocks hold {where}"
         prefix = pool.find_prefix(request.token_ids, request.num_computed_tokens)
-        assert prefix in ([], request.block_table[: len(prefix)].tolist()), f"{request} is found in other blocks {where}"
+        own = request.block_table[: len(prefix)].tolist()
+        assert prefix in ([], own), f"{request} is found in other blocks {where}"
     keys = [request.key for request in running]
     assert keys == sorted(keys), f"the running requests are not in the order of their keys {where}"
 

@@ -126,7 +126,8 @@ def test_random_steps_agree_with_a_lookup_token_by_token(seed: int) -> None:
         rows += [(r.token_ids[p], p, r.block_table[p // block_size] * block_size + p % block_size)
                  for p in range(start, start + n)]
         assert batch.seq_lens[i] == start + n, f"seed {seed}, request {i}"
-        assert batch.block_tables[i, : len(r.block_table)].tolist() == r.block_table.tolist(), f"seed {seed}, request {i}"
+        table = r.block_table.tolist()
+        assert batch.block_tables[i, : len(table)].tolist() == table, f"seed {seed}, request {i}"
         assert not batch.block_tables[i, len(r.block_table) :].any(), f"seed {seed}, request {i}"
         if start + n == len(r.token_ids):
             drawn += [len(rows) - 1] * (1 + len(r.followers))

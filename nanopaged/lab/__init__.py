@@ -1,1 +1,1 @@
-"""Assignments made from this very source: its functions without their bodies, graders, and bugs that prove the graders."""
+"""Assignments made from this source: functions without bodies, graders, and bugs that prove the graders."""

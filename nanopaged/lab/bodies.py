@@ -5,8 +5,8 @@ the positions of the syntax tree, and not printed anew. In place of the body sta
 
     raise NotImplementedError("lab blocks, part 1: hand out blocks")
 
-A kernel is run by Triton, whose own error would hide this one. So each statement that launches a kernel gets such a line
-before it too, and so does one that launches a kernel that calls it.
+A kernel is run by Triton, whose own error would hide this one. So each statement that launches a kernel gets such a
+line before it too, and so does each that launches a kernel that calls it.
 """
 
 from __future__ import annotations

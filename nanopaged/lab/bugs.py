@@ -68,6 +68,6 @@ def plant_alternative(lab: str, folder: Path) -> None:
 
 
 def variant(folder: Path) -> Path:
-    """A copy of the source's package to be changed; with what Python has compiled of it, which saves most of its start."""
+    """A copy of the source's package, to be changed; with what Python has compiled of it, so that it starts fast."""
     shutil.copytree(PACKAGE, folder / "nanopaged", ignore=lambda _, names: {"lab"} & {*names})
     return folder

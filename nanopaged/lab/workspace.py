@@ -24,7 +24,7 @@ PACKAGE = CHECKOUT / "nanopaged"
 HANDOUTS = CHECKOUT / "docs" / "labs"
 LEFT_OUT = ("lab", "__pycache__")
 HUNT = "hunt"  # the folder of a student's tests
-EXAMPLE = '''"""Tests that hunt bugs. Each must pass on every right solution, and fail on as many wrong ones as it can."""
+EXAMPLE = '''"""Tests that hunt bugs: they pass on every right solution, and fail on as many wrong ones as they can."""
 
 from nanopaged.block_allocator import BlockAllocator
 

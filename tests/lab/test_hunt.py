@@ -11,7 +11,8 @@ from nanopaged.lab.bugs import Bug
 from nanopaged.lab.workspace import EXAMPLE
 
 BUGS = [
-    ("blocks", Bug("one", 1, "", "", (("block_allocator.py", "return len(self._free) + len(self._cached)", "return 7"),))),
+    ("blocks", Bug("one", 1, "", "", ((
+        "block_allocator.py", "return len(self._free) + len(self._cached)", "return 7"),))),
     ("blocks", Bug("two", 1, "", "", (("block_allocator.py", "self._ref_counts[block] = 1\n", "while True: pass\n"),))),
     ("blocks", Bug("three", 1, "", "", (("sampling_params.py", "n: int = 1", "n: int = 2"),))),
 ]

@@ -21,7 +21,8 @@ def test_parts_fail_until_they_are_written_hold_then_and_fail_on_every_planted_b
 
 def test_a_grader_that_lets_a_bug_pass_is_found(
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    harmless = Bug("harmless", 1, "", "", (("request.py", "return 1 + len(self.followers)", "return len(self.followers) + 1"),))
+    harmless = Bug("harmless", 1, "", "", (
+        ("request.py", "return 1 + len(self.followers)", "return len(self.followers) + 1"),))
     monkeypatch.setattr(bugs, "bugs_of", lambda lab: [harmless])
     monkeypatch.setattr(bugs, "has_alternative", lambda lab: False)
     monkeypatch.setattr(prove, "handed_out", lambda lab: iter(()))

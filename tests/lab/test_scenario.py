@@ -12,8 +12,8 @@ from nanopaged.lab.labs import Scenario
 from nanopaged.lab.scenario import play
 
 TEXT = "abcdefghijklmnopqrstuvwx"
-SCENARIO = Scenario(requests=((0, TEXT + TEXT[:20], {"max_tokens": 4}), (1, TEXT + TEXT[:18], {"max_tokens": 2, "n": 2})),
-                    options={"num_blocks": 16}, watch="")
+REQUESTS = (0, TEXT + TEXT[:20], {"max_tokens": 4}), (1, TEXT + TEXT[:18], {"max_tokens": 2, "n": 2})
+SCENARIO = Scenario(REQUESTS, {"num_blocks": 16}, watch="")
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def test_a_scenario_shows_texts_order_and_what_was_done(folder: Path, tmp_path: 
 
 
 def test_an_exception_and_a_process_that_ends_are_told(folder: Path) -> None:
-    change(folder, "block_allocator.py", "block = self._free.pop() if", "import os; os._exit(7)\n        block = self._free.pop() if")
+    place = "block = self._free.pop() if"
+    change(folder, "block_allocator.py", place, f"import os; os._exit(7)\n        {place}")
     assert play(folder, labs.get("blocks"), SCENARIO)["error"] == "the process ended with status 7"
     change(folder, "block_allocator.py", "import os; os._exit(7)", "raise KeyError('lost')")
     seen = play(folder, labs.get("blocks"), SCENARIO)

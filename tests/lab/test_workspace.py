@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_python
 
 from nanopaged.lab import labs, workspace
 from nanopaged.lab.workspace import CHECKOUT, Workspace
@@ -21,7 +22,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def test_a_workspace_is_a_repository_with_one_commit_and_nothing_left_over(made: Workspace) -> None:
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(made.folder), *arguments], check=True, capture_output=True, text=True).stdout
+        command = ["git", "-C", str(made.folder), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     assert git("log", "--format=%s") == "Lab blocks, as it was handed out\n" and git("status", "--porcelain") == ""
 
@@ -74,7 +76,7 @@ def test_everything_can_be_taken_out_at_once(tmp_path: Path) -> None:
 def test_a_workspace_of_the_hunt_has_the_whole_source_and_an_example(tmp_path: Path) -> None:
     hunting = Workspace.start("hunt", tmp_path / "hunt")
     assert not hunting.is_blank(BODY)
-    example = subprocess.run([sys.executable, "-m", "pytest", "-q", "hunt"], cwd=hunting.folder, capture_output=True, text=True)
+    example = run_python("-m", "pytest", "-q", "hunt", cwd=hunting.folder)
     assert example.returncode == 0, example.stdout
 
 
@@ -99,7 +101,8 @@ def test_the_difference_is_that_of_the_bodies_alone(tmp_path: Path) -> None:
     assert "-    self._ref_counts[block] = 0 + 1\n+    self._ref_counts[block] = 1\n" in made.diff()
 
 
-def test_the_commit_is_known_only_where_the_package_is_the_commits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_commit_is_known_only_where_the_package_is_the_commits(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
         return workspace._git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments)
 

@@ -154,7 +154,8 @@ def test_a_request_whose_blocks_others_need_moves_nothing_and_finds_them_again()
     scheduler.add(leader)
     rng = random.Random(0)
     take_step(scheduler, rng)
-    assert leader.block_table.tolist() == follower.block_table.tolist() == [0], "both continuations have this block, and it is full"
+    assert leader.block_table == follower.block_table
+    assert leader.block_table.tolist() == [0], "both continuations have this block, and it is full"
     step = take_step(scheduler, rng)
     assert (step.requests, step.preempted, step.moves) == ([leader], [follower], [])
     assert not scheduler.swapped and scheduler.swap_space.num_available == 4
