@@ -18,7 +18,7 @@ from nanopaged.lab.check import PartResult, check_part
 from nanopaged.lab.labs import Lab
 from nanopaged.lab.prove import check_planted, proofs_of
 from nanopaged.lab.scenario import play
-from nanopaged.lab.workspace import PACKAGE, Workspace
+from nanopaged.lab.workspace import Workspace
 from nanopaged.progress import show_progress
 from nanopaged.report import table
 from nanopaged.validation import has_folder, require_int
@@ -78,7 +78,8 @@ def _results(workspace: Workspace, chosen: list[Lab], part: int | None, seed: in
 
 def _print_result(result: PartResult) -> None:
     held = sum(verdict.holds for verdict in result.verdicts)
-    state = "holds" if result.holds else "not written yet" if result.not_written else f"{held} of {len(result.verdicts)}"
+    some = f"{held} of {len(result.verdicts)} checks hold"
+    state = "holds" if result.holds else "not written yet" if result.not_written else some
     print(f"{result.lab}, part {result.number}: {result.asks}: {state}", flush=True)
     for verdict in result.verdicts:
         if not verdict.holds and not result.not_written:
@@ -151,7 +152,8 @@ def diff(args: argparse.Namespace) -> int:
     if unwritten := [name for lab in workspace.labs for name in lab.bodies() if workspace.is_blank(name)]:
         raise ValueError(f"not everything is written yet ({unwritten[0]}): the source is shown when the lab passes")
     if failing := next((result for result in _results(workspace, workspace.labs, None) if not result.holds), None):
-        raise ValueError(f"{failing.lab}, part {failing.number} does not hold yet: the source is shown when the lab passes")
+        raise ValueError(f"{failing.lab}, part {failing.number} does not hold yet: the source is shown when the lab "
+                         "passes")
     print(workspace.diff() or "The functions are the source's, to the letter.")
     return 0
 

@@ -1,8 +1,8 @@
 """What does a grader say? The vocabulary of `grader.py`: checks, expectations, and the story of what was done.
 
-A check is a function without arguments. It holds if it returns. What it does to the student's objects through `told` is
-written down, and shown if it fails: so a check tries short scenarios first. Graders look at behaviour only. What a contract
-leaves open (which id, which order) they leave open.
+A check is a function without arguments. It holds if it returns. What it does to the student's objects through `Told` is
+written down, and shown if it fails: so a check tries short scenarios first. Graders look at behaviour only. What a
+contract leaves open (which id, which order) they leave open.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ In a process of its own, with limits on time and memory. Results go through a fi
 imported, a line of JSON for each; whatever the code prints goes to another. A part counts by the results that have
 arrived, not by how the process ended: `os._exit(0)` passes nothing.
 
-The process is a fork of this one, so torch is imported once, and not for each part. (So the labs run on Linux, macOS and
-WSL.) In it `nanopaged` is the student's, but `nanopaged.lab` stays this one: graders are not taken from a workspace.
+The process is a fork of this one, so torch is imported once, and not for each part. (So the labs run on Linux, macOS
+and WSL.) In it `nanopaged` is the student's, but `nanopaged.lab` stays this one: graders are not taken from a workspace.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ CHECKOUT = LAB.parents[1]
 MEMORY = 6 * 2**30  # bytes that the process may hold
 PRINTED = 2**26  # bytes that it may print
 SHOWN = 1500  # characters of them that are shown
-
 
 
 class Report:
