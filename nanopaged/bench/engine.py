@@ -2,8 +2,8 @@
 
 The shapes of GPT-2 124M with random weights in float32, requests of mixed lengths, greedy. The paged
 engine is compared with three others on the same model: the floor (the matrix products of the same
-steps, and their KV bytes read once at the speed of a large read, nothing else; timed in turn with the
-engine's steps); static batches, padded to the longest, as large as the KV memory of the paged run
+steps, those of prompts' attention among them, and their KV bytes read once at the speed of a large read,
+nothing else; timed in turn with the engine's steps); static batches, padded to the longest, as large as the KV memory of the paged run
 allows; and one request at a time.
 """
 
@@ -65,6 +65,7 @@ class Floor:
         self.model = model
         config, dtype = model.config, model.wte.weight.dtype
         self.kv_token_bytes = block_bytes(config, 1, dtype)
+        self.block_weights = sum(weight.numel() for weight in model.h.parameters() if weight.dim() == 2)
         self.wide = torch.randn(STEP_TOKENS, config.n_inner or 4 * config.n_embd, dtype=dtype)
         self.narrow = torch.randn(STEP_TOKENS, config.n_embd, dtype=dtype)
         self.bytes_per_s = self._read_speed()
@@ -82,11 +83,18 @@ class Floor:
         return large.nbytes / best
 
     def seconds(self, size: StepSize, step: int) -> float:
-        """Of a step; if it has as many rows as the one before, its products are timed every other time."""
+        """Of a step; if it has as many rows as the one before, its products are timed every other time.
+
+        Attention of one row reads K and V, and computes next to nothing. Attention of many rows also has two products,
+        which are taken at the speed of the step's other products.
+        """
         rows = size.tokens, size.logits_rows
         if rows != self.timed or step % 2 == 0:
             self.timed, self.products_s = rows, self._products(*rows)
-        return self.products_s + size.context * self.kv_token_bytes / self.bytes_per_s
+        config = self.model.config
+        attention = 2 * size.scores * config.n_layer * config.n_embd  # multiplications
+        others = size.tokens * self.block_weights + size.logits_rows * self.model.wte.weight.numel()
+        return self.products_s * (1 + attention / others) + size.context * self.kv_token_bytes / self.bytes_per_s
 
     @torch.inference_mode()
     def _products(self, num_rows: int, num_sampled: int) -> float:

@@ -77,6 +77,7 @@ class StepSize(NamedTuple):
     tokens: int
     logits_rows: int
     context: int  # tokens whose K and V each layer reads; a shared block counts for each of its holders
+    scores: int = 0  # of requests with several rows: pairs of a row and a position that it sees, for each head
 
 
 class _Sizes(Listener):
@@ -85,7 +86,9 @@ class _Sizes(Listener):
 
     def stepped(self, step: Step) -> None:
         self.steps.append(StepSize(step.computed_tokens, len(step.sampled) + len(step.cut),
-                                   sum(step.starts) + step.computed_tokens))
+                                   sum(step.starts) + step.computed_tokens,
+                                   sum(n * start + n * (n + 1) // 2 for start, n in zip(step.starts, step.num_tokens)
+                                       if n > 1)))
 
 
 def timed_steps(llm: LLM) -> Iterator[tuple[float, StepSize]]:

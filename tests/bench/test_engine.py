@@ -11,7 +11,8 @@ import torch
 from nanopaged import LLM
 from nanopaged.bench import engine as engine_bench
 from nanopaged.bench.__main__ import main
-from nanopaged.bench.engine import Workload
+from nanopaged.bench.engine import Floor, Workload
+from nanopaged.bench.timing import StepSize
 from nanopaged.gpt2 import GPT2, GPT2Config
 
 TINY = ["engine", "--layers", "1", "--width", "64", "--max-prompt", "24", "--max-output", "8", "--no-compile"]
@@ -112,3 +113,15 @@ def test_bad_arguments_get_one_line_and_status_2(arguments: list[str], message: 
     assert main([*TINY, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_floor_counts_the_products_of_prompts_attention_at_the_speed_of_the_others(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2(GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=1))
+    monkeypatch.setattr(Floor, "_read_speed", staticmethod(lambda: 1e9))
+    monkeypatch.setattr(Floor, "_products", lambda self, rows, sampled: 3.0)
+    floor = Floor(model)
+    read = 20 * floor.kv_token_bytes / 1e9
+    assert floor.seconds(StepSize(10, 1, 20, scores=0), 0) == 3.0 + read
+    others = 10 * 2 * 12 * 64 * 64 + 100 * 64  # rows times weights; attention: scores times 2 products, layers, width
+    assert floor.seconds(StepSize(10, 1, 20, scores=55), 0) == pytest.approx(3.0 * (1 + 55 * 2 * 2 * 64 / others) + read)

@@ -41,6 +41,8 @@ def test_each_step_of_the_engine_is_timed_and_its_size_noted() -> None:
     llm.add_request([1] * 12, GREEDY)  # 10 tokens (whose last row is checked), then 2; then one in each step
     llm.add_request([2] * 8, GREEDY)  # 8 tokens beside the 2; its last token comes one step later
     steps = list(timing.timed_steps(llm))
-    assert [size for _, size in steps] == [(10, 1, 10), (10, 2, 12 + 8), *((2, 2, 20 + 2 * i) for i in range(1, 8))]
+    scores = 55, (11 + 12) + 36  # the rows of a chunk see 1 to 10 positions, or 11 and 12, or 1 to 8
+    assert [size for _, size in steps] == [
+        (10, 1, 10, scores[0]), (10, 2, 12 + 8, scores[1]), *((2, 2, 20 + 2 * i, 0) for i in range(1, 8))]
     assert all(seconds > 0 for seconds, _ in steps)
     assert not llm.has_unfinished_requests() and llm.scheduler.listeners == listeners
