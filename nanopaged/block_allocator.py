@@ -96,7 +96,7 @@ class BlockAllocator:
         return block
 
     def share(self, block: int) -> None:
-        """Adds a holder to a block that is referenced or cached."""
+        """Adds a holder to a block that is referenced or cached. ValueError for a free one: there is nothing in it."""
         holders = self._ref_counts[block]
         if holders == 0:
             if self._keys[block] is None:
@@ -108,7 +108,7 @@ class BlockAllocator:
         self._ref_counts[block] = holders + 1
 
     def give_back(self, block: int) -> None:
-        """Removes a holder. A block without holders is cached if it is published, else free."""
+        """Removes a holder; ValueError if there is none. Without holders a block is cached if it is published, else free."""
         holders = self._ref_counts[block]
         if holders == 0:
             raise ValueError(f"block {block} was given back, but has no holder")
@@ -157,7 +157,8 @@ class BlockAllocator:
 
         Returns the block that the caller holds from here on. Two requests may compute the same
         tokens in the same step; the second then holds the first one's block and its own goes back,
-        so equal contents are stored once, and a request that holds a child always holds its parent.
+        so equal contents are stored once, and a request that holds a child always holds its parent. Publishing the
+        same again changes nothing. ValueError for a block that is not full, other contents, or an unpublished parent.
         """
         if not self.enable_prefix_caching:
             return block
@@ -189,7 +190,7 @@ class BlockAllocator:
         return blocks
 
     def take_prefix(self, blocks: Sequence[int]) -> None:
-        """Adds a holder to blocks that `find_prefix` has found."""
+        """Adds a holder to blocks that `find_prefix` has found, and counts their tokens as hits."""
         for block in blocks:
             self.share(block)
         self._prefix_hit_tokens += len(blocks) * self.block_size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from nanopaged.lab.labs import Lab, Part, Scenario
 
+POOL = "block_allocator:BlockAllocator"
+
 LAB = Lab(
     name="blocks",
     title="Hand out blocks, and take them back",
@@ -12,29 +14,38 @@ LAB = Lab(
            "not erased",
     needs_torch=False,
     parts=(
-        Part("hands out blocks", ("block_allocator:BlockAllocator.num_available", "block_allocator:BlockAllocator.take"), (
-            "Which two collections of __init__ hold the blocks that nobody holds?",
-            "A free block comes first. Only when none is free does `_evict` empty a cached one.",
-            "Raise OutOfBlocks before anything is changed. Then take a block from one of the two, and count its "
-            "holder.")),
-        Part("takes a block back", ("block_allocator:BlockAllocator.give_back",), (
-            "Count down first. What becomes of the block depends on how many holders are left, and on `_keys`.",
-            "A block with no holder is free if it is not published, else cached, as the last of `_cached`.",
-            "Keep the two running counts too: `_shared_blocks` when the second holder leaves, `_filled_slots` when the "
-            "last one does. A free block has no filled slot.")),
-        Part("takes a whole table back", ("block_allocator:BlockAllocator.give_back_all",), (
-            "Which end of the table must become the least recently used?",
-            "A child must be evicted before its parent, so it must be given back before it.",
-            "Take blocks off the end of the table until it is empty.")),
-        Part("counts", ("block_allocator:BlockAllocator.fill", "block_allocator:BlockAllocator.stats"), (
-            "`fill` says how many slots of one block hold tokens; the pool's sum must follow it.",
-            "Only the difference to what the block had before is added.",
-            "Nothing in `stats` walks over the pool: every figure is a length or a running count.")),
+        Part("hands out blocks", (f"{POOL}.num_available", f"{POOL}.take"), (
+            "Look at the three states in the module's docstring. In which of them does nobody hold the block? Each of "
+            "these has a collection of its own in `__init__`.",
+            "Raise OutOfBlocks before you change anything. Free blocks go first. Only when there is none does `_evict` "
+            "empty a cached one for you.",
+            "`num_available` adds two lengths. `take` removes a block from the end of `_free`, or else asks `_evict`. "
+            "Then it sets the block's reference count to 1 and returns its id.")),
+        Part("takes a block back", (f"{POOL}.give_back",), (
+            "What becomes of the block depends on two things: how many holders are left, and whether it can still be "
+            "found.",
+            "Look before you count down: a block without a holder is an error, and an error must change nothing. A "
+            "block with holders left only counts down.",
+            "When the last holder leaves, a block with a key becomes the last of `_cached`, and keeps its filled "
+            "slots. Another block goes to `_free`, with 0 filled slots. Keep the sums right for part 4: "
+            "`_filled_slots` is over held blocks, `_shared_blocks` counts those with more than one holder.")),
+        Part("takes a whole table back", (f"{POOL}.give_back_all",), (
+            "`_evict` takes the block that was cached first. Which block of a table should that be?",
+            "A block is found only through all blocks before it. So the last block of a table must go first.",
+            "Take blocks off the end of the table until it is empty. `pop` without an argument works on a list and on "
+            "an array.")),
+        Part("counts", (f"{POOL}.fill", f"{POOL}.stats"), (
+            "Which of the figures are lengths of something, and which need a running sum? `__init__` has the sums.",
+            "`fill` is called with 1, then 2, then 3 for the same block. What must be added to the sum each time?",
+            "`fill` adds the difference to what the block had before. In `stats` a referenced block is one that is not "
+            "available, and each of them reserves `block_size` slots. Nothing may walk over the pool.")),
     ),
     scenario=Scenario(
-        requests=((0, "She kept a card for every family, and on it she wrote. She kept a card for", {"max_tokens": 20}),
-                  (0, "A town kept its letters in a library once. A town kept its letters in", {"max_tokens": 40}),
-                  (24, "So the shelves stood empty, and the doors were shut. So the shelves stood", {"max_tokens": 24})),
-        options={"num_blocks": 20},
-        watch="The third request comes when the first has left: it gets blocks that were given back, in any order."),
+        requests=(
+            (0, "She kept a card for every family, and on it she wrote. She kept a card for", {"max_tokens": 20}),
+            (0, "A town kept its letters in a library once. A town kept its letters in", {"max_tokens": 40}),
+            (24, "So the shelves stood empty, and the doors were shut. So the shelves stood", {"max_tokens": 24})),
+        options={"num_blocks": 12},
+        watch="The third request comes when the first has left. It gets free blocks first, wherever they lie, and then "
+              "cached ones of the first request, from the end of its text."),
 )
