@@ -108,7 +108,7 @@ class BlockAllocator:
         self._ref_counts[block] = holders + 1
 
     def give_back(self, block: int) -> None:
-        """Removes a holder; ValueError if there is none. Without holders a block is cached if it is published, else free."""
+        """Removes a holder; ValueError if it has none. A block without holders is cached if published, else free."""
         holders = self._ref_counts[block]
         if holders == 0:
             raise ValueError(f"block {block} was given back, but has no holder")
