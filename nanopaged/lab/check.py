@@ -47,6 +47,8 @@ class PartResult:
 
 def check_part(folder: Path, lab: Lab, number: int, seed: int = 0) -> PartResult:
     """Part `number` of a lab, of the package in `folder`."""
+    if lab.needs_torch:
+        _choose_how_kernels_run()
     wanted = checks_of(lab.name, number)
     limit = STARTING + sum(check.seconds for check in wanted)
     outcome = isolated(lambda report: _run(report, folder, lab, number, seed, wanted), folder, limit)
@@ -68,8 +70,6 @@ def _why_not_reported(outcome: Outcome, check: Check) -> str:
 
 def _run(report: Report, folder: Path, lab: Lab, number: int, seed: int, wanted: list[Check]) -> None:
     """In the process of its own: reports each of the checks that are wanted."""
-    if lab.launchers:
-        _choose_how_kernels_run()
     if lab.needs_torch:
         import torch
 
@@ -97,6 +97,8 @@ def _run(report: Report, folder: Path, lab: Lab, number: int, seed: int, wanted:
 
 
 def _choose_how_kernels_run() -> None:
+    """Before any grader imports Triton, which reads this once: a fork has what its parent has."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch's other way to look for a GPU makes it unusable in forks
     import torch
 
     if not torch.cuda.is_available():
@@ -127,9 +129,18 @@ def _words(error: BaseException, folder: Path) -> str:
         return f"this is not written yet: {missing}"
     if isinstance(error, SyntaxError):
         return f"{_place(error.filename or '', folder)}, line {error.lineno}: {error.msg}"
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)]
+    own = [frame for frame in _frames(error) if Path(frame.filename).is_relative_to(folder)]
     where = f", in {own[-1].name} ({_place(own[-1].filename, folder)}, line {own[-1].lineno})" if own else ""
     return f"it raised {type(error).__name__}: {error}{where}"
+
+
+def _frames(error: BaseException | None) -> list[traceback.FrameSummary]:
+    """The innermost last: those of an error's cause are further in, as in a kernel that Triton's interpreter runs."""
+    frames: list[traceback.FrameSummary] = []
+    while error is not None:
+        frames += traceback.extract_tb(error.__traceback__)
+        error = error.__cause__
+    return frames
 
 
 def _not_written(error: BaseException | None) -> str | None:

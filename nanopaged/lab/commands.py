@@ -84,9 +84,9 @@ def _print_result(result: PartResult) -> None:
     for verdict in result.verdicts:
         if not verdict.holds and not result.not_written:
             print(textwrap.indent(f"does not hold: {verdict.words}\n{verdict.message}", "    "))
-            if result.printed:
-                print(textwrap.indent(f"the code printed (the end of it):\n{result.printed}", "    "))
-            return
+            break
+    if result.printed:
+        print(textwrap.indent(f"the code printed (the end of it):\n{result.printed}", "    "))
 
 
 def gradescope(results: list[PartResult]) -> dict[str, object]:
@@ -217,8 +217,9 @@ def bug(args: argparse.Namespace) -> int:
 
 def _beside(right: dict[str, object], wrong: dict[str, object]) -> list[list[object]]:
     rows = [["steps", "steps"], ["tokens computed", "computed"], ["of them again", "recomputed"],
-            ["preemptions", "preemptions"], ["blocks held at the end", "held"], ["order of finishing", "order"],
-            ["error", "error"]]
+            ["tokens found in the pool", "found"], ["preemptions", "preemptions"], ["blocks held at the end", "held"],
+            ["blocks shared at the end", "shared"], ["slots filled at the end", "filled"],
+            ["order of finishing", "order"], ["error", "error"]]
     cells = [[title, _cell(right.get(key)), _cell(wrong.get(key))] for title, key in rows]
     texts = [right.get("texts", {}), wrong.get("texts", {})]
     return cells + [[f"text of request {request}", *(_cell(repr(text.get(request, ""))) for text in texts)]

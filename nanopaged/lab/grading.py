@@ -43,7 +43,7 @@ def check(part: int, words: str, seconds: float = 20.0) -> Callable[[Callable[[]
 def checks_of(lab: str, part: int | None = None) -> list[Check]:
     """In the order in which they stand in the lab's grader. Imports it, and with it the package that it grades."""
     grader = importlib.import_module(f"nanopaged.lab.{lab}.grader")
-    found = [value.check for value in vars(grader).values() if hasattr(value, "check")]
+    found = [value.check for value in vars(grader).values() if isinstance(getattr(value, "check", None), Check)]
     return [each for each in found if part in (None, each.part)]
 
 

@@ -5,7 +5,7 @@ imported, a line of JSON for each; whatever the code prints goes to another. A p
 arrived, not by how the process ended: `os._exit(0)` passes nothing.
 
 The process is a fork of this one, so torch is imported once, and not for each part. (So the labs run on Linux, macOS
-and WSL.) In it `nanopaged` is the student's, but `nanopaged.lab` stays this one: graders are not taken from a workspace.
+and WSL.) In it `nanopaged` is the student's, but `nanopaged.lab` stays this one: no workspace has graders of its own.
 """
 
 from __future__ import annotations

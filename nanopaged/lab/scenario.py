@@ -15,14 +15,15 @@ from nanopaged.lab.isolation import Report, isolated
 from nanopaged.lab.labs import Lab, Scenario
 
 STEPS = 400  # more mean that it does not end
-SECONDS = 60.0
+SECONDS = 30.0
 
 
 def play(folder: Path, lab: Lab, scenario: Scenario, recording: Path | None = None) -> dict[str, Any]:
     """Plays a scenario on the package in `folder`, and records it.
 
     Returns what a user sees: "texts" of each request in the order of arrival, "order" in which they finished, "steps",
-    "computed" and "recomputed" tokens, "preemptions", blocks "held" at the end; and "error", if it did not get there.
+    "computed" and "recomputed" tokens, tokens "found" in the pool, "preemptions"; blocks "held" and "shared" and slots
+    "filled" at the end; and "error", if it did not get there.
     """
     outcome = isolated(lambda report: _play(report, lab, scenario, recording), folder, SECONDS)
     if outcome.results:
@@ -67,7 +68,7 @@ def _serve(nanopaged: Any, llm: Any, scenario: Scenario, seen: dict[str, Any]) -
         if waiting or llm.has_unfinished_requests():
             seen["error"] = f"it has not ended after {STEPS} steps"
     finally:
-        stats = llm.scheduler.stats
+        stats = llm.stats()
         seen |= {"computed": stats.computed_tokens, "recomputed": stats.recomputed_tokens,
-                 "preemptions": stats.num_preemptions, "held": llm.scheduler.allocator.num_blocks
-                 - llm.scheduler.allocator.num_available}
+                 "found": stats.prefix_hit_tokens, "preemptions": stats.num_preemptions,
+                 "held": stats.referenced_blocks, "shared": stats.shared_blocks, "filled": stats.filled_slots}
