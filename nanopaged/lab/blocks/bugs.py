@@ -128,5 +128,6 @@ BUGS = (
     Bug("shared-for-ever", 4,
         "The second holder makes a block shared. That it stops being shared, when one of two leaves, was forgotten.",
         "The number of shared blocks only grows.",
-        ((FILE, "        if holders == 2:\n            self._shared_blocks -= 1\n        elif", "        if"),), IN_THE_CARD),
+        ((FILE, "        if holders == 2:\n            self._shared_blocks -= 1\n        elif", "        if"),),
+        IN_THE_CARD),
 )
