@@ -258,3 +258,12 @@ def test_an_infinite_key_counts_the_same_in_a_prompt_and_in_a_decode(
     lengths: list[int], query_lens: list[int], value: float
 ) -> None:
     assert_faults_stay_where_they_are_seen(paged_attention_torch, lengths, query_lens, 20, value, "k", num_heads=4)
+
+
+def test_a_row_that_sees_nothing_is_zero_whatever_lay_in_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was never written often holds zeros by chance, so here it holds none."""
+    case = make_case([0, 9], [1, 2])
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.full(*shape, fill_value=7.0, **options))
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, 7.0))
+    out = paged_attention_torch(*case.arguments())
+    assert not out[0].any() and out[1:].all(), "the first request has no context, the other one has"

@@ -48,7 +48,7 @@ class PartResult:
 def check_part(folder: Path, lab: Lab, number: int, seed: int = 0) -> PartResult:
     """Part `number` of a lab, of the package in `folder`."""
     if lab.needs_torch:
-        _choose_how_kernels_run()
+        choose_how_kernels_run()
     wanted = checks_of(lab.name, number)
     limit = STARTING + sum(check.seconds for check in wanted)
     outcome = isolated(lambda report: _run(report, folder, lab, number, seed, wanted), folder, limit)
@@ -96,7 +96,7 @@ def _run(report: Report, folder: Path, lab: Lab, number: int, seed: int, wanted:
         report(words=check.words, holds=not message, message=message)
 
 
-def _choose_how_kernels_run() -> None:
+def choose_how_kernels_run() -> None:
     """Before any grader imports Triton, which reads this once: a fork has what its parent has."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch's other way to look for a GPU makes it unusable in forks
     import torch

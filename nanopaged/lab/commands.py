@@ -129,7 +129,7 @@ def see(args: argparse.Namespace) -> int:
     with TemporaryDirectory() as scratch:
         for lab in workspace.labs:
             recording = Path(scratch) / f"{lab.name}.jsonl"
-            seen = play(workspace.folder, lab, lab.scenario, recording)
+            seen = play(workspace.folder, lab.scenario, recording)
             if seen["error"]:
                 print(f"{lab.name}: it did not get to its end: {seen['error']}")
             if recording.exists() and recording.stat().st_size:
@@ -204,9 +204,9 @@ def bug(args: argparse.Namespace) -> int:
     scenario = planted.scenario or lab.scenario
     with TemporaryDirectory() as scratch:
         folder = bugs.variant(Path(scratch).resolve())
-        right = play(folder, lab, scenario)
+        right = play(folder, scenario)
         bugs.plant(planted, folder)
-        wrong = play(folder, lab, scenario)
+        wrong = play(folder, scenario)
     print("\nThe same requests, on the source and on the bug:\n" + table(["", "source", "bug"], _beside(right, wrong)))
     result = check_planted(lab, planted)
     caught = next((verdict for verdict in result.verdicts if not verdict.holds), None)

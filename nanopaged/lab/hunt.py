@@ -7,7 +7,6 @@ the score is how many they kill. The bugs are numbered here, not named.
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nanopaged.lab import bugs, labs
+from nanopaged.lab.check import choose_how_kernels_run
 from nanopaged.lab.isolation import Outcome, Report, isolated
 from nanopaged.lab.workspace import HUNT
 
@@ -35,8 +35,8 @@ class Hunt:
 
 def hunt(folder: Path, progress: Callable[[str], object] = lambda text: None) -> Hunt:
     """Runs the tests of a workspace. If they fail on a right solution, no bug is tried."""
-    importlib.import_module("pytest")  # here, so that each process has it
-    importlib.import_module("torch")
+    importlib.import_module("pytest")  # here, so that each process has it, as it has torch
+    choose_how_kernels_run()
     found, start = Hunt(), time.monotonic()
     found.right["the source"] = _complaint(_run(folder, lambda variant: None, SECONDS))
     limit = max(SHORTEST, 3 * (time.monotonic() - start))
@@ -67,8 +67,6 @@ def _pytest(report: Report) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
     report(status=int(pytest.main([HUNT, "-x", "-q", "--no-header", "-p", "no:cacheprovider"])))
 
 

@@ -7,36 +7,35 @@ user: another text, blocks that are never given back, a run that does not end, a
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
+from nanopaged.lab.check import choose_how_kernels_run
 from nanopaged.lab.isolation import Report, isolated
-from nanopaged.lab.labs import Lab, Scenario
+from nanopaged.lab.labs import Scenario
 
 STEPS = 400  # more mean that it does not end
 SECONDS = 30.0
 
 
-def play(folder: Path, lab: Lab, scenario: Scenario, recording: Path | None = None) -> dict[str, Any]:
+def play(folder: Path, scenario: Scenario, recording: Path | None = None) -> dict[str, Any]:
     """Plays a scenario on the package in `folder`, and records it.
 
     Returns what a user sees: "texts" of each request in the order of arrival, "order" in which they finished, "steps",
     "computed" and "recomputed" tokens, tokens "found" in the pool, "preemptions"; blocks "held" and "shared" and slots
     "filled" at the end; and "error", if it did not get there.
     """
-    outcome = isolated(lambda report: _play(report, lab, scenario, recording), folder, SECONDS)
+    choose_how_kernels_run()
+    outcome = isolated(lambda report: _play(report, scenario, recording), folder, SECONDS)
     if outcome.results:
         return outcome.results[-1]
     where = f"; it stood at {outcome.stands}" if outcome.stands else ""
     return {"error": f"the process {outcome.status}{where}\n{outcome.printed}".rstrip()}
 
 
-def _play(report: Report, lab: Lab, scenario: Scenario, recording: Path | None) -> None:
+def _play(report: Report, scenario: Scenario, recording: Path | None) -> None:
     import torch
 
-    if lab.launchers and not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     seen: dict[str, Any] = {"texts": {}, "order": [], "steps": 0, "error": ""}
     try:

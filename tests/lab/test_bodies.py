@@ -9,7 +9,7 @@ import types
 import pytest
 
 from nanopaged.lab import labs
-from nanopaged.lab.bodies import Body, blanked, is_blank, launches_blanked, lend, text_of
+from nanopaged.lab.bodies import Body, blanked, is_blank, launches_blanked, lend, text_of, users_of
 from nanopaged.lab.workspace import PACKAGE, message
 
 SOURCE = textwrap.dedent('''\
@@ -96,3 +96,10 @@ def test_every_body_of_a_lab_is_in_the_source(lab: str) -> None:
         text = blanked(source, {body.function: message(chosen, name)})
         assert is_blank(text, body.function)
         assert len(text.splitlines()) <= len(source.splitlines())
+
+
+def test_whoever_calls_a_function_uses_it_and_so_does_its_caller() -> None:
+    source = ("def inner(x):\n    return x\n\ndef middle(x):\n    return inner(x)\n\n"
+              "def outer(x):\n    return middle(x) + 1\n\ndef other(x):\n    return other(x)\n")
+    assert users_of(source, "inner") == ["inner", "middle", "outer"]
+    assert users_of(source, "other") == ["other"]
