@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanopaged.fast.team import team
 from nanopaged.gpt2 import GPT2, MLP
 
 FEW_ROWS = 256  # where x W^T and W x^T are about equally fast
-WORTH_SHARING = 2**22  # multiplications, from which on a product is cut into pieces, for each thread so many:
-PIECES_EACH = 4
 
 
 def use_cpu_kernels(model: GPT2) -> None:
@@ -61,31 +57,13 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     these are a multiple of 8.
     """
     rows = len(x)
-    if x.device.type != "cpu":
+    if rows > FEW_ROWS or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     x = pad_rows(x)
     if len(x) <= 8:
         x = x.contiguous()  # of so few columns x^T, each should be contiguous
-    others = team() if weight.numel() * len(x) >= WORTH_SHARING else None
-    few = len(x) <= FEW_ROWS
-    if others is None:
-        product = _product(x, weight, bias, few)
-    else:
-        product = x.new_empty((len(weight), len(x)) if few else (len(x), len(weight)))
-        size = -(-len(weight) // (PIECES_EACH * len(others)))  # rows of W in a piece
-        biases = repeat(None) if bias is None else bias.split(size)
-        pieces = zip(weight.split(size), biases, product.split(size, dim=0 if few else 1))
-        others.run([partial(_product, x, some, bias, few, out) for some, bias, out in pieces])
-    return (product.t() if few else product)[:rows]
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, few: bool,
-             out: torch.Tensor | None = None) -> torch.Tensor:
-    """W x^T + b, (n_out, T), or for many rows x W^T + b, (T, n_out)."""
-    left, right = (weight, x.t()) if few else (x, weight.t())
-    if bias is None:
-        return torch.mm(left, right, out=out)
-    return torch.addmm(bias[:, None] if few else bias, left, right, out=out)
+    product = weight @ x.t() if bias is None else torch.addmm(bias[:, None], weight, x.t())  # (n_out, T or more)
+    return product.t()[:rows]
 
 
 def pad_rows(x: torch.Tensor) -> torch.Tensor:
