@@ -4,7 +4,7 @@
     python -m nanopaged.lab start LAB DIR          a workspace: the handout, and a copy of the package with bodies out
     python -m nanopaged.lab check DIR [PART]       what holds; of what fails the first thing, in words
     python -m nanopaged.lab see DIR                the lab's scenario on your code, as a movie of its pool
-    python -m nanopaged.lab hint DIR               one more hint each time
+    python -m nanopaged.lab hint DIR [PART]        one more hint each time
     python -m nanopaged.lab diff DIR               after it passes: your code beside the source's
 
 For instructors (docs/labs/teaching.md):
@@ -47,8 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--json", type=Path, metavar="FILE", help="also write the results, as Gradescope reads them")
     check.set_defaults(run=commands.check)
 
+    hint = verbs.add_parser("hint", help="one more hint")
+    hint.add_argument("folder", type=Path, metavar="DIR")
+    hint.add_argument("part", type=int, nargs="?", metavar="PART", help="(default: the first that does not hold)")
+    hint.add_argument("--lab", choices=labs.NAMES, metavar="LAB", help="of a workspace with all labs")
+    hint.set_defaults(run=commands.hint)
+
     for name, run, words in (("see", commands.see, "play the lab's scenario on your code"),
-                             ("hint", commands.hint, "one more hint"),
                              ("diff", commands.diff, "your code beside the source's")):
         verb = verbs.add_parser(name, help=words)
         verb.add_argument("folder", type=Path, metavar="DIR")
@@ -61,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     bug = verbs.add_parser("bug", help="the planted bugs")
     bug.add_argument("name", nargs="?", metavar="NAME")
+    bug.add_argument("--lab", choices=labs.NAMES, metavar="LAB", help="list only those of this lab")
     bug.set_defaults(run=commands.bug)
 
     prove = verbs.add_parser("prove", help="do the graders grade?")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from nanopaged.lab.labs import Lab
 from nanopaged.lab.workspace import PACKAGE
 
 STARTING = 30.0  # seconds for imports
+NO_IMPORT = "the package cannot be imported: "
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Verdict:
     words: str  # what should hold
     holds: bool
     message: str = ""  # what was expected, and what was done
+    printed: str = ""  # the end of what the code printed meanwhile
+    note: str = ""  # what was found out besides
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,18 @@ class PartResult:
     number: int
     asks: str
     verdicts: list[Verdict]
-    printed: str  # the end of what the code printed
 
     @property
     def holds(self) -> bool:
         return all(verdict.holds for verdict in self.verdicts)
+
+    @property
+    def first_failure(self) -> Verdict | None:
+        return next((verdict for verdict in self.verdicts if not verdict.holds), None)
+
+    @property
+    def cannot_be_imported(self) -> bool:
+        return all(verdict.message.startswith(NO_IMPORT) for verdict in self.verdicts)
 
     @property
     def not_written(self) -> bool:  # and so fails, in every check
@@ -56,15 +67,16 @@ def check_part(folder: Path, lab: Lab, number: int, seed: int = 0) -> PartResult
     verdicts = []
     for check in wanted:
         if result := reported.get(check.words):
-            verdicts.append(Verdict(check.words, result["holds"] is True, str(result["message"])))
+            verdicts.append(Verdict(check.words, result["holds"] is True, *(
+                str(result.get(key, "")) for key in ("message", "printed", "note"))))
         else:
-            verdicts.append(Verdict(check.words, False, _why_not_reported(outcome, check)))
-    return PartResult(lab.name, number, lab.parts[number - 1].asks, verdicts, outcome.printed)
+            verdicts.append(Verdict(check.words, False, _why_not_reported(outcome, check), outcome.printed))
+    return PartResult(lab.name, number, lab.parts[number - 1].asks, verdicts)
 
 
 def _why_not_reported(outcome: Outcome, check: Check) -> str:
     if outcome.stands:
-        return f"the code was still running after its time was over; it stood at {outcome.stands}"
+        return f"the code was still running after {check.seconds:.0f} s; it stood at {outcome.stands}"
     return f"the process {outcome.status} before this was checked"
 
 
@@ -83,17 +95,19 @@ def _run(report: Report, folder: Path, lab: Lab, number: int, seed: int, wanted:
             raise ImportError(f"these modules are not the workspace's own: {', '.join(strangers)}")
     except BaseException as error:
         for check in wanted:
-            report(words=check.words, holds=False, message=f"the package cannot be imported: {_words(error, folder)}")
+            report(words=check.words, holds=False, message=f"{NO_IMPORT}{_words(error, folder)}")
         return
     for check in checks:
         report.allow(check.seconds)
         grading_here.begin()
-        message = ""
+        grading_here.notes.clear()
+        sys.stdout.tail = message = ""
         try:
             check.run()
         except BaseException as error:  # SystemExit too: whatever it was, the check did not hold
             message = _failure(error, folder, grading_here)
-        report(words=check.words, holds=not message, message=message)
+        report(words=check.words, holds=not message, message=message, printed=sys.stdout.tail.strip(),
+               note="\n".join(grading_here.notes))
 
 
 def choose_how_kernels_run() -> None:
@@ -131,7 +145,7 @@ def _words(error: BaseException, folder: Path) -> str:
         return f"{_place(error.filename or '', folder)}, line {error.lineno}: {error.msg}"
     own = [frame for frame in _frames(error) if Path(frame.filename).is_relative_to(folder)]
     where = f", in {own[-1].name} ({_place(own[-1].filename, folder)}, line {own[-1].lineno})" if own else ""
-    return f"it raised {type(error).__name__}: {error}{where}"
+    return f"it raised {type(error).__name__}{f': {error}' if str(error) else ''}{where}"
 
 
 def _frames(error: BaseException | None) -> list[traceback.FrameSummary]:

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from nanopaged.lab import bugs, labs
 from nanopaged.lab import hunt as hunting
 from nanopaged.lab.at_commit import check_elsewhere
+from nanopaged.lab.bodies import Body
 from nanopaged.lab.check import PartResult, check_part
 from nanopaged.lab.labs import Lab
 from nanopaged.lab.prove import check_planted, proofs_of
@@ -48,24 +49,32 @@ def check(args: argparse.Namespace) -> int:
         return status
     if workspace.name == "hunt":
         return _check_hunt(workspace, args.json)
-    chosen = [lab for lab in workspace.labs if args.lab in (None, lab.name)]
-    if args.part is not None:
-        if len(chosen) > 1:
-            raise ValueError("this workspace has all labs: name one with --lab")
-        require_int("PART", args.part, 1, len(chosen[0].parts))
-    results = []
-    for result in _results(workspace, chosen, args.part, args.seed):
-        _print_result(result)
+    results: list[PartResult] = []
+    for result in _results(workspace, _chosen(workspace, args.lab, args.part), args.part, args.seed):
+        _print_result(workspace, result, results)
         results.append(result)
     if args.json:
         args.json.write_text(json.dumps(gradescope(results), indent=1) + "\n", encoding="utf-8")
-    missing = sum(not result.holds for result in results)
-    print(f"\n{len(results) - missing} of {len(results)} parts hold." + ("" if missing else f" {COMMAND} diff shows "
-                                                                        "the source's solution beside yours."))
-    return int(missing > 0)
+    held = sum(result.holds for result in results)
+    print(f"\n{held} of {len(results)} parts hold." if len(results) > 1 else "")
+    if held == len(results) == sum(len(lab.parts) for lab in workspace.labs):
+        print(f"{COMMAND} diff {args.folder} shows the source's solution beside yours.")
+    return int(held < len(results))
 
 
-def _results(workspace: Workspace, chosen: list[Lab], part: int | None, seed: int = 0) -> Iterator[PartResult]:
+def _chosen(workspace: Workspace, name: str | None, part: int | None) -> list[Lab]:
+    """The labs of a workspace that were asked for. Raises ValueError if there is none, or no such part."""
+    chosen = [lab for lab in workspace.labs if name in (None, lab.name)]
+    if not chosen:
+        raise ValueError(f"this workspace is of the lab {workspace.name}" + (f", not of {name}" if name else ""))
+    if part is not None:
+        if len(chosen) > 1:
+            raise ValueError("this workspace has all labs: name one with --lab")
+        require_int("PART", part, 1, len(chosen[0].parts))
+    return chosen
+
+
+def _results(workspace: Workspace, chosen: list[Lab], part: int | None = None, seed: int = 0) -> Iterator[PartResult]:
     for lab in chosen:
         if lab.needs_torch:
             import torch  # noqa: F401  here once, and then in the process of each part
@@ -76,17 +85,27 @@ def _results(workspace: Workspace, chosen: list[Lab], part: int | None, seed: in
             yield result
 
 
-def _print_result(result: PartResult) -> None:
+def _print_result(workspace: Workspace, result: PartResult, before: list[PartResult]) -> None:
+    """Of what fails in a part, the first thing; a package that cannot be imported is told once."""
     held = sum(verdict.holds for verdict in result.verdicts)
-    some = f"{held} of {len(result.verdicts)} checks hold"
-    state = "holds" if result.holds else "not written yet" if result.not_written else some
+    failure = result.first_failure
+    if result.cannot_be_imported:
+        state = failure.message
+        if any(other.first_failure and other.first_failure.message == state for other in before):
+            state = "the same"
+    elif result.not_written:
+        names = [Body.of(name).function for name in labs.get(result.lab).parts[result.number - 1].bodies
+                 if workspace.is_blank(name)]
+        state = f"not written yet: {', '.join(names) or 'what earlier parts ask for'}"
+    else:
+        state = "holds" if failure is None else f"{held} of {len(result.verdicts)} checks hold"
     print(f"{result.lab}, part {result.number}: {result.asks}: {state}", flush=True)
-    for verdict in result.verdicts:
-        if not verdict.holds and not result.not_written:
-            print(textwrap.indent(f"does not hold: {verdict.words}\n{verdict.message}", "    "))
-            break
-    if result.printed:
-        print(textwrap.indent(f"the code printed (the end of it):\n{result.printed}", "    "))
+    if failure and not result.cannot_be_imported and not result.not_written:
+        print(textwrap.indent(f"does not hold: {failure.words}\n{failure.message}", "    "))
+        if failure.printed:
+            print(textwrap.indent(f"the code printed (the end of it):\n{failure.printed}", "    "))
+    for note in filter(None, [verdict.note for verdict in result.verdicts]):
+        print(textwrap.indent(note, "    "))
 
 
 def gradescope(results: list[PartResult]) -> dict[str, object]:
@@ -96,7 +115,7 @@ def gradescope(results: list[PartResult]) -> dict[str, object]:
     tests = [{"name": f"{result.lab}, part {result.number}: {verdict.words}", "score": points * verdict.holds,
               "max_score": points, "status": "passed" if verdict.holds else "failed", "output": verdict.message}
              for result, verdict in verdicts]
-    return {"score": points * sum(verdict.holds for _, verdict in verdicts), "tests": tests}
+    return {"score": round(points * sum(verdict.holds for _, verdict in verdicts), 2), "tests": tests}
 
 
 def _check_hunt(workspace: Workspace, file: Path | None) -> int:
@@ -125,33 +144,42 @@ def see(args: argparse.Namespace) -> int:
     from nanopaged.show.movie import page, pool_scene
 
     workspace = Workspace(args.folder)
-    scenes = []
+    scenes, failed = [], False
     with TemporaryDirectory() as scratch:
-        for lab in workspace.labs:
+        for lab in _chosen(workspace, None, None):
             recording = Path(scratch) / f"{lab.name}.jsonl"
             seen = play(workspace.folder, lab.scenario, recording)
+            for request, text in seen.get("texts", {}).items():
+                print(f"{lab.name}, request {request}: {text!r}")
+            if seen["printed"]:
+                print(f"{lab.name}: the code printed (the end of it):\n{textwrap.indent(seen['printed'], '    ')}")
             if seen["error"]:
                 print(f"{lab.name}: it did not get to its end: {seen['error']}")
+                failed = True
             if recording.exists() and recording.stat().st_size:
                 scenes.append(pool_scene(str(recording), lab.title, lab.scenario.watch))
-    if not scenes:
-        raise ValueError("there is nothing to see yet: this lab has no scenario, or its code did not run")
-    file = workspace.folder / "see.html"
-    file.write_text(page(scenes, f"Lab {workspace.name}"), encoding="utf-8")
-    print(f"{file}: open it in a browser. {' '.join(lab.scenario.watch for lab in workspace.labs)}")
-    return 0
+    if scenes:
+        file = workspace.folder / "see.html"
+        file.write_text(page(scenes, f"Lab {workspace.name}"), encoding="utf-8")
+        print(f"{file}: open it in a browser. {' '.join(lab.scenario.watch for lab in workspace.labs)}")
+    return int(failed)
 
 
 def hint(args: argparse.Namespace) -> int:
-    print(Workspace(args.folder).next_hint())
+    workspace = Workspace(args.folder)
+    chosen = _chosen(workspace, args.lab, args.part)
+    if args.part is not None:
+        print(workspace.next_hint(chosen[0], args.part))
+    elif failing := next((result for result in _results(workspace, chosen) if not result.holds), None):
+        print(workspace.next_hint(labs.get(failing.lab), failing.number))
+    else:
+        print("Every part holds: no hint is needed.")
     return 0
 
 
 def diff(args: argparse.Namespace) -> int:
     workspace = Workspace(args.folder)
-    if unwritten := [name for lab in workspace.labs for name in lab.bodies() if workspace.is_blank(name)]:
-        raise ValueError(f"not everything is written yet ({unwritten[0]}): the source is shown when the lab passes")
-    if failing := next((result for result in _results(workspace, workspace.labs, None) if not result.holds), None):
+    if failing := next((result for result in _results(workspace, workspace.labs) if not result.holds), None):
         raise ValueError(f"{failing.lab}, part {failing.number} does not hold yet: the source is shown when the lab "
                          "passes")
     print(workspace.diff() or "The functions are the source's, to the letter.")
@@ -183,7 +211,7 @@ def _graded(folder: Path) -> list[object]:
         found = hunting.hunt(workspace.folder)
         unfair = next((complaint for complaint in found.right.values() if complaint), "")
         return ["hunt", round(100 * sum(found.killed) / len(bugs.every_bug()), 1), int(found.is_fair), 1, unfair]
-    results = list(_results(workspace, workspace.labs, None))
+    results = list(_results(workspace, workspace.labs))
     first = next((f"{result.lab}, part {result.number}: {verdict.words}" for result in results
                   for verdict in result.verdicts if not verdict.holds), "")
     return [workspace.name, round(gradescope(results)["score"], 1), sum(result.holds for result in results),
@@ -192,8 +220,10 @@ def _graded(folder: Path) -> list[object]:
 
 def bug(args: argparse.Namespace) -> int:
     if args.name is None:
-        print(table(["bug", "lab", "part", "symptom"], [[planted.name, lab, planted.part, planted.symptom]
-                                                       for lab, planted in bugs.every_bug()]))
+        for lab, planted in bugs.every_bug():
+            if args.lab in (None, lab):
+                print(f"{planted.name} ({lab}, part {planted.part})")
+                print(textwrap.fill(planted.symptom, 110, initial_indent="    ", subsequent_indent="    "))
         return 0
     lab_name, planted = bugs.named(args.name)
     lab = labs.get(lab_name)

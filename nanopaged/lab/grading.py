@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 TOLD_LINES = 16  # the last lines of a story; a longer one explains nothing
 
 story: list[str] = []  # what the running check has done
+notes: list[str] = []  # what it has found out that is no grade, such as a speed
 seed = 0  # of everything random in a check
 
 
@@ -30,7 +31,7 @@ class Check(NamedTuple):
     seconds: float  # it may take, before it counts as hanging
 
 
-def check(part: int, words: str, seconds: float = 20.0) -> Callable[[Callable[[], None]], Callable[[], None]]:
+def check(part: int, words: str, seconds: float = 10.0) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Makes a function of a grader a check of one part. `words` say what holds, as a sentence."""
 
     def mark(function: Callable[[], None]) -> Callable[[], None]:
@@ -78,6 +79,11 @@ def raising(kind: type[BaseException], what: str) -> Iterator[None]:
 def begin(title: str = "") -> None:
     """A scenario begins: what was told before does not belong to it."""
     story[:] = [title] if title else []
+
+
+def note(text: str) -> None:
+    """Shown whether the check holds or not."""
+    notes.append(text)
 
 
 def tell(line: str) -> None:

@@ -54,8 +54,10 @@ class Printed(io.TextIOBase):
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.written = descriptor, 0
+        self.tail = ""  # since whoever reads it has emptied it
 
     def write(self, text: str) -> int:
+        self.tail = (self.tail + text)[-SHOWN:]
         data = text[-SHOWN:].encode(errors="replace")
         if self.written + len(data) > PRINTED // 2:
             os.ftruncate(self.descriptor, 0)

@@ -74,4 +74,5 @@ def check_planted(lab: Lab, bug: bugs.Bug, seed: int = 0) -> PartResult:
 
 
 def first_failure(result: PartResult) -> str:
-    return next((f"{verdict.words} {verdict.message}" for verdict in result.verdicts if not verdict.holds), "")
+    failure = result.first_failure
+    return f"{failure.words} {failure.message}" if failure else ""

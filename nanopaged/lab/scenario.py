@@ -23,14 +23,14 @@ def play(folder: Path, scenario: Scenario, recording: Path | None = None) -> dic
 
     Returns what a user sees: "texts" of each request in the order of arrival, "order" in which they finished, "steps",
     "computed" and "recomputed" tokens, tokens "found" in the pool, "preemptions"; blocks "held" and "shared" and slots
-    "filled" at the end; and "error", if it did not get there.
+    "filled" at the end; the end of what was "printed"; and "error", if it did not get there.
     """
     choose_how_kernels_run()
     outcome = isolated(lambda report: _play(report, scenario, recording), folder, SECONDS)
     if outcome.results:
-        return outcome.results[-1]
-    where = f"; it stood at {outcome.stands}" if outcome.stands else ""
-    return {"error": f"the process {outcome.status}{where}\n{outcome.printed}".rstrip()}
+        return {**outcome.results[-1], "printed": outcome.printed}
+    late = f"it was still running after {SECONDS:.0f} s; it stood at {outcome.stands}"
+    return {"error": late if outcome.stands else f"the process {outcome.status}", "printed": outcome.printed}
 
 
 def _play(report: Report, scenario: Scenario, recording: Path | None) -> None:

@@ -2,7 +2,7 @@
 
     DIR/README.md       the handout
     DIR/nanopaged/      the package, without `lab/`: graders are not a part of it
-    DIR/.lab.json       which lab, which commit of nanopaged, and how many hints were given
+    DIR/.lab.json       which lab, and which commit of nanopaged
 
 It is a git repository of its own, so that what was done to it can be seen, and handed in.
 """
@@ -33,6 +33,11 @@ def test_two_calls_of_take_give_two_blocks() -> None:
     pool = BlockAllocator(num_blocks=2, block_size=4)
     assert {pool.take(), pool.take()} == {0, 1}
 '''
+WHERE = """> This is DIR, {folder}. Commands belong to the checkout of nanopaged from which it was made, and so does the folder
+> `docs/`: first `cd {checkout}`, and use the Python of that checkout's environment.
+> What you write is in DIR/nanopaged. When it is done, `train_free_demo.py` here runs the whole engine on it.
+"""
+HINTS = ".hints.json"  # how many were given
 BESIDE = ("requirements.txt", "train_free_demo.py")  # what makes a workspace run on its own
 
 
@@ -84,6 +89,8 @@ class Workspace:
         chosen = labs.every() if name == "all" else [] if name == "hunt" else [labs.get(name)]
         if folder.exists():
             raise ValueError(f"{folder} exists already: choose another folder")
+        if not folder.absolute().parent.is_dir():
+            raise ValueError(f"{folder.absolute().parent} does not exist: make it first, or choose another folder")
         if folder.resolve().is_relative_to(CHECKOUT):
             raise ValueError(f"{folder} lies inside this checkout: a workspace is a repository of its own, so choose a "
                              "folder outside")
@@ -97,9 +104,10 @@ class Workspace:
             (folder / HUNT / "test_example.py").write_text(EXAMPLE, encoding="utf-8")
         handouts = [HANDOUTS / f"{each}.md" for each in ([name] if name != "all" else labs.NAMES)]
         texts = [handout.read_text(encoding="utf-8") for handout in handouts if handout.exists()]
-        (folder / "README.md").write_text("\n".join(texts), encoding="utf-8")
-        (folder / ".gitignore").write_text("__pycache__/\n.venv/\nsee.html\n", encoding="utf-8")
-        (folder / ".lab.json").write_text(json.dumps({"lab": name, "commit": commit(), "hints": {}}), encoding="utf-8")
+        where = WHERE.format(checkout=CHECKOUT, folder=folder.resolve())
+        (folder / "README.md").write_text("\n".join([where, *texts]), encoding="utf-8")
+        (folder / ".gitignore").write_text(f"__pycache__/\n.venv/\nsee.html\n{HINTS}\n", encoding="utf-8")
+        (folder / ".lab.json").write_text(json.dumps({"lab": name, "commit": commit()}), encoding="utf-8")
         _git(folder, "init", "--quiet")
         _git(folder, "add", "--all")
         _git(folder, "-c", "user.name=nanopaged", "-c", "user.email=lab@nanopaged", "commit", "--quiet",
@@ -117,21 +125,14 @@ class Workspace:
         except (OSError, ValueError, SyntaxError):
             return False
 
-    def save(self) -> None:
-        self.file.write_text(json.dumps(self.state), encoding="utf-8")
-
-    def next_hint(self) -> str:
-        """Of the first part with a body that is not written, or else the last; one more each time."""
-        lines = []
-        for lab in self.labs:
-            number = next((n for n, part in enumerate(lab.parts, 1) if any(map(self.is_blank, part.bodies))),
-                          len(lab.parts))
-            hints, key = lab.parts[number - 1].hints, f"{lab.name} {number}"
-            given = min(len(hints), self.state["hints"].get(key, 0) + 1)
-            self.state["hints"][key] = given
-            lines.append(f"{lab.name}, part {number}, hint {given} of {len(hints)}: {hints[given - 1]}")
-        self.save()
-        return "\n".join(lines)
+    def next_hint(self, lab: Lab, number: int) -> str:
+        """Of a part of a lab; one more each time."""
+        file, key, hints = self.folder / HINTS, f"{lab.name} {number}", lab.parts[number - 1].hints
+        given = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        given[key] = min(len(hints), given.get(key, 0) + 1)
+        file.write_text(json.dumps(given), encoding="utf-8")
+        last = "; this is the last" if given[key] == len(hints) else ""
+        return f"{lab.name}, part {number}, hint {given[key]} of {len(hints)}{last}: {hints[given[key] - 1]}"
 
     def diff(self) -> str:
         """The student's functions beside the source's, as a unified diff."""

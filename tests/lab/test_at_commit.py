@@ -42,7 +42,7 @@ def write(folder: Path, version: str) -> None:
 def workspace(tmp_path: Path, commit: str | None) -> Workspace:
     folder = tmp_path / "work"
     folder.mkdir()
-    (folder / ".lab.json").write_text(json.dumps({"lab": "blocks", "commit": commit, "hints": {}}))
+    (folder / ".lab.json").write_text(json.dumps({"lab": "blocks", "commit": commit}))
     return Workspace(folder)
 
 

@@ -41,12 +41,14 @@ def test_a_workspace_fails_is_solved_and_passes(tmp_path: Path, capsys: pytest.C
     assert f"check {folder}" in capsys.readouterr().out
     assert main(["check", str(folder)]) == 1
     printed = capsys.readouterr().out
-    assert printed.count(": not written yet\n") == PARTS and printed.endswith(f"0 of {PARTS} parts hold.\n")
+    assert printed.count(": not written yet: BlockAllocator.") == PARTS and printed.endswith(f"0 of {PARTS} parts hold.\n")
     assert main(["diff", str(folder)]) == 2
-    assert "not everything is written yet" in capsys.readouterr().err
+    assert "part 1 does not hold yet" in capsys.readouterr().err
     solve(folder)
+    assert main(["check", str(folder), "1"]) == 0
+    assert "diff" not in capsys.readouterr().out
     assert main(["check", str(folder)]) == 0
-    assert f"{PARTS} of {PARTS} parts hold. python -m nanopaged.lab diff" in capsys.readouterr().out
+    assert f"{PARTS} of {PARTS} parts hold.\npython -m nanopaged.lab diff {folder}" in capsys.readouterr().out
     assert main(["diff", str(folder)]) == 0
     assert "The functions are the source's, to the letter." in capsys.readouterr().out
 
@@ -82,21 +84,38 @@ def test_results_are_written_as_gradescope_reads_them(folder: Path, tmp_path: Pa
 
 def test_a_scenario_is_played_on_the_students_code_and_becomes_a_movie(
         folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["see", str(folder)]) == 2
-    printed = capsys.readouterr()
-    assert "blocks: it did not get to its end: NotImplementedError: lab blocks, part " in printed.out
-    assert "there is nothing to see yet" in printed.err
+    assert main(["see", str(folder)]) == 1
+    assert "blocks: it did not get to its end: NotImplementedError: lab blocks, part " in capsys.readouterr().out
+    assert not (folder / "see.html").exists()
     solve(folder)
+    allocator = folder / "nanopaged" / "block_allocator.py"
+    allocator.write_text(allocator.read_text().replace("self._ref_counts[block] = 1\n",
+                                                       "print('took', block); self._ref_counts[block] = 1\n"))
     assert main(["see", str(folder)]) == 0
-    assert "see.html: open it in a browser" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "see.html: open it in a browser" in printed and "blocks, request 0: '" in printed and "    took " in printed
     assert "<title>Lab blocks</title>" in (folder / "see.html").read_text()
 
 
-def test_hints_are_given_one_by_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hints_are_of_the_first_part_that_does_not_hold_or_of_the_one_that_is_asked_for(
+        folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second, *_ = labs.get("blocks").parts[0].hints
     for number, expected in ((1, first), (2, second)):
         assert main(["hint", str(folder)]) == 0
-        assert f"hint {number} of " in (printed := capsys.readouterr().out) and expected in printed
+        assert f"part 1, hint {number} of " in (printed := capsys.readouterr().out) and expected in printed
+    assert main(["hint", str(folder), "3"]) == 0
+    assert "part 3, hint 1 of " in capsys.readouterr().out
+    solve(folder)
+    assert main(["hint", str(folder)]) == 0
+    assert capsys.readouterr().out == "Every part holds: no hint is needed.\n"
+
+
+def test_a_package_that_cannot_be_imported_is_told_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "nanopaged" / "block_allocator.py").write_text("def broken(:\n")
+    assert main(["check", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("the package cannot be imported: nanopaged/block_allocator.py, line 1: ") == 1
+    assert printed.count(": the same\n") == PARTS - 1
 
 
 def test_a_class_is_graded_folder_by_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,7 +164,9 @@ def test_the_bugs_are_listed_with_their_symptoms(
         capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bugs, "every_bug", lambda: [("blocks", FORGETFUL)])
     assert main(["bug"]) == 0
-    assert "| forgetful | blocks |    2 | Blocks are gone. |" in capsys.readouterr().out
+    assert capsys.readouterr().out == "forgetful (blocks, part 2)\n    Blocks are gone.\n"
+    assert main(["bug", "--lab", "kernel"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_the_hunt_prints_a_score_and_which_bugs_are_alive(

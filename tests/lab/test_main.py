@@ -20,6 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("arguments, words", [
     (["check", "DIR", "9"], f"PART must be from 1 to {PARTS}, got 9"),
+    (["check", "DIR", "--lab", "prefix"], "this workspace is of the lab blocks, not of prefix"),
     (["check", "nowhere"], "nowhere is not a lab's workspace: make one with `start LAB DIR`"),
     (["start", "blocks", "DIR"], "exists already: choose another folder"),
     (["bug", "none-such"], "there is no bug 'none-such': `bug` alone lists them"),
@@ -36,6 +37,6 @@ def test_help_shows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for command in ("start LAB DIR", "check DIR [PART]", "see DIR", "hint DIR", "diff DIR", "grade FOLDER --csv FILE",
-                    "bug [NAME]", "prove [LAB] [--seeds N]"):
+    for command in ("start LAB DIR", "check DIR [PART]", "see DIR", "hint DIR [PART]", "diff DIR",
+                    "grade FOLDER --csv FILE", "bug [NAME]", "prove [LAB] [--seeds N]"):
         assert command in printed

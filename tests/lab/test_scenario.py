@@ -37,7 +37,7 @@ def test_a_scenario_shows_texts_order_and_what_was_done(folder: Path, tmp_path: 
 def test_an_exception_and_a_process_that_ends_are_told(folder: Path) -> None:
     place = "block = self._free.pop() if"
     change(folder, "block_allocator.py", place, f"import os; os._exit(7)\n        {place}")
-    assert play(folder, SCENARIO)["error"] == "the process ended with status 7"
+    assert play(folder, SCENARIO) == {"error": "the process ended with status 7", "printed": ""}
     change(folder, "block_allocator.py", "import os; os._exit(7)", "raise KeyError('lost')")
     seen = play(folder, SCENARIO)
     assert seen["error"] == "KeyError: 'lost'" and seen["texts"] == {"0": ""}

@@ -29,7 +29,9 @@ def test_a_workspace_is_a_repository_with_one_commit_and_nothing_left_over(made:
 
 
 def test_a_workspace_has_the_handout_and_the_package_without_graders(made: Workspace) -> None:
-    assert (made.folder / "README.md").read_text() == (CHECKOUT / "docs/labs/blocks.md").read_text()
+    where, handout = (made.folder / "README.md").read_text().split("\n\n", 1)
+    assert f"`cd {CHECKOUT}` first" in where and str(made.folder) in where
+    assert handout == (CHECKOUT / "docs/labs/blocks.md").read_text()
     names = {path.name for path in (made.folder / "nanopaged").iterdir()}
     assert "scheduler.py" in names and "lab" not in names
     assert all(made.is_blank(name) for name in labs.get("blocks").bodies())
@@ -80,15 +82,22 @@ def test_a_workspace_of_the_hunt_has_the_whole_source_and_an_example(tmp_path: P
     assert example.returncode == 0, example.stdout
 
 
-def test_hints_come_one_at_a_time_for_the_first_part_that_is_not_written(tmp_path: Path) -> None:
-    made = Workspace.start("blocks", tmp_path / "ada")
-    hints = labs.get("blocks").parts[0].hints
+def test_hints_come_one_at_a_time_and_leave_no_change_to_be_committed(made: Workspace) -> None:
+    lab = labs.get("blocks")
+    hints = lab.parts[1].hints
     for number, expected in enumerate([*hints, hints[-1]], 1):
         number = min(number, len(hints))
-        assert Workspace(made.folder).next_hint() == f"blocks, part 1, hint {number} of {len(hints)}: {expected}"
-    allocator = made.folder / "nanopaged" / "block_allocator.py"
-    allocator.write_text((workspace.PACKAGE / "block_allocator.py").read_text())
-    assert Workspace(made.folder).next_hint().startswith(f"blocks, part {len(labs.get('blocks').parts)}, hint 1 of ")
+        last = "; this is the last" if number == len(hints) else ""
+        text = f"blocks, part 2, hint {number} of {len(hints)}{last}: {expected}"
+        assert Workspace(made.folder).next_hint(lab, 2) == text
+    assert Workspace(made.folder).next_hint(lab, 1).startswith("blocks, part 1, hint 1 of ")
+    assert workspace._git(made.folder, "status", "--porcelain") == ""
+
+
+def test_a_folder_whose_parent_is_missing_is_taken_for_a_slip(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="/none does not exist: make it first, or choose another folder"):
+        Workspace.start("blocks", tmp_path / "none" / "ada")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_difference_is_that_of_the_bodies_alone(tmp_path: Path) -> None:
