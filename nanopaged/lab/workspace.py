@@ -33,9 +33,9 @@ def test_two_calls_of_take_give_two_blocks() -> None:
     pool = BlockAllocator(num_blocks=2, block_size=4)
     assert {pool.take(), pool.take()} == {0, 1}
 '''
-WHERE = """> This is DIR, {folder}. Commands belong to the checkout of nanopaged from which it was made, and so does the folder
-> `docs/`: first `cd {checkout}`, and use the Python of that checkout's environment.
-> What you write is in DIR/nanopaged. When it is done, `train_free_demo.py` here runs the whole engine on it.
+WHERE = """> This is DIR, {folder}. Commands belong to the checkout of nanopaged from which it was made,
+> and so does the folder `docs/`: first `cd {checkout}`, and use the Python of that checkout's
+> environment. What you write is in DIR/nanopaged. When it is done, `train_free_demo.py` here runs the engine on it.
 """
 HINTS = ".hints.json"  # how many were given
 BESIDE = ("requirements.txt", "train_free_demo.py")  # what makes a workspace run on its own
