@@ -60,7 +60,7 @@ def expect(holds: object, message: str) -> None:
 
 def expect_equal(what: str, got: object, expected: object) -> None:
     if got != expected:
-        raise Failed(f"{what} should be {expected!r}, and is {got!r}")
+        raise Failed(f"{what} should be {_short(expected)}, and is {_short(got)}")
 
 
 @contextmanager
@@ -114,8 +114,10 @@ class Told:
 
 
 def _short(value: object) -> str:
+    if hasattr(value, "dtype") and getattr(value, "ndim", 0) > 1:
+        return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def told_lines() -> list[str]:

@@ -30,7 +30,7 @@ def test_a_workspace_is_a_repository_with_one_commit_and_nothing_left_over(made:
 
 def test_a_workspace_has_the_handout_and_the_package_without_graders(made: Workspace) -> None:
     where, handout = (made.folder / "README.md").read_text().split("\n\n", 1)
-    assert f"`cd {CHECKOUT}` first" in where and str(made.folder) in where
+    assert f"`cd {CHECKOUT}`" in where and str(made.folder) in where
     assert handout == (CHECKOUT / "docs/labs/blocks.md").read_text()
     names = {path.name for path in (made.folder / "nanopaged").iterdir()}
     assert "scheduler.py" in names and "lab" not in names

@@ -29,7 +29,7 @@ LAB = Lab(
             "query_start says where a request's rows begin and end. Row r of n is at position length - n + r. Requests "
             "without rows, or without tokens, need a branch: their rows are 0.",
             "torch.ones(n, length, dtype=torch.bool).tril(length - n) is the mask, True where a row may look. "
-            "torch.zeros for the result leaves rows that see nothing at 0.")),
+            "torch.zeros for the result leaves rows of a request without tokens at 0.")),
         Part("lets several query heads share K and V", ("torch_attention:paged_attention_torch",), (
             "With 4 query heads and 2 key-value heads, which heads share? The docstring says.",
             "Either repeat each key-value head group times, one beside the other, or let torch do it.",
@@ -38,15 +38,18 @@ LAB = Lab(
         Part("keeps what is not finite from rows that do not see it",
              ("torch_attention:paged_attention_torch", "torch_attention:_attend_around_faults"), (
                  "A masked position has the weight 0. What is 0 times NaN?",
-                 "Such a V must not take part in the product. But the rows that see it must show it.",
-                 "`faults = v - v` is NaN where V is not finite, else 0. For the product, put 0 in place of those V. "
-                 "Then add to each row the sum of the faults that it sees: `cumsum` along positions has all sums.")),
+                 "Such a V must not take part in the product. But the rows that see it must show it. If each of your "
+                 "rows reads only what it sees, you need no `_attend_around_faults`: leave it as it is, nothing calls "
+                 "it.",
+                 "Compute the product with another number in place of each V that is not finite. Afterwards spoil the "
+                 "rows that see one: those at its position and after it. A NaN in K shows in the scores, where the "
+                 "mask can replace it.")),
     ),
     scenario=Scenario(
         requests=((0, "The key hung by the door, and the door was open. The key hung by", {"max_tokens": 24}),
                   (0, "Nine doves sat in a row on the roof. Nine doves sat in", {"max_tokens": 24}),
                   (3, "She kept a card for each family, and on it she wrote. She kept a card for", {"max_tokens": 20})),
         options={"num_blocks": 24, "max_num_batched_tokens": 40},
-        watch="Prompts are computed in chunks, and the requests' blocks lie among each other: follow one table by its "
-              "positions."),
+        watch="Prompts are computed in chunks, and blocks are taken as chunks need them. Follow the table of request 1 "
+              "by its positions: whose blocks lie between its own?"),
 )

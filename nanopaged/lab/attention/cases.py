@@ -30,6 +30,8 @@ class Case:
     tables: list[list[int]]
     values: str
     head_of: Callable[[int], int]  # a query head's key-value head
+    q_is: str = "0"  # in words, where V counts
+    k_is: str = "0"
 
     def requests(self) -> list[tuple[int, int, int]]:
         """Of each: its first row, the number of its rows, the length of its context."""
@@ -41,10 +43,10 @@ class Case:
         block_size, length = self.k_cache.shape[2], int(self.batch.seq_lens[request])
         return [self.tables[request][p // block_size] * block_size + p % block_size for p in range(length)]
 
-    def answer(self, row: int, head: int, slots: list[int], kv_head: int) -> torch.Tensor:
+    def answer(self, row: int, head: int, slots: list[int], kv_head: int, scale: float | None = None) -> torch.Tensor:
         """(head_dim,) float64: of one row and head, if it sees these slots of this key-value head."""
         k, v = (cache[:, kv_head].flatten(0, 1)[slots].double().cpu() for cache in (self.k_cache, self.v_cache))
-        weights = (k @ self.q[row, head].double().cpu() * self.scale).softmax(0)
+        weights = (k @ self.q[row, head].double().cpu() * (self.scale if scale is None else scale)).softmax(0)
         return weights @ v
 
     def wanted(self) -> torch.Tensor:
@@ -120,9 +122,10 @@ def describe(case: Case, *changes: str) -> None:
     tables = str(batch.block_tables.tolist())
     tell(f"block_tables={tables if len(tables) < 80 else f'{tables[:70]}...'}, seq_lens={batch.seq_lens.tolist()}")
     tell(f"query_start={batch.query_start.tolist()}, num_decodes={batch.num_decodes}, q: {tuple(case.q.shape)} "
-         f"{str(case.q.dtype).removeprefix('torch.')}")
-    tell("K is 0, and V of position p is p" + (f" + {OTHER_HEAD:.0f} * its head" if case.k_cache.shape[1] > 1 else "")
-         if case.values == COUNTING else "Q, K and V are random numbers")
+         f"{str(case.q.dtype).removeprefix('torch.')}, scale={case.scale:g}")
+    tell(f"q is {case.q_is}, K is {case.k_is}, and V of position p is p"
+         + (f" + {OTHER_HEAD:.0f} * its head" if case.k_cache.shape[1] > 1 else "")
+         if case.values == COUNTING else "q, K and V are random numbers")
     tell("every slot outside the contexts is NaN")
     for change in changes:
         tell(change)
@@ -178,19 +181,29 @@ def _complaint(case: Case, row: int, head: int, got: torch.Tensor, wanted: torch
 def _guess(case: Case, row: int, head: int, request: int, got: torch.Tensor) -> str:
     """What gives the answer that was given, if that is one of the usual mistakes."""
     if got.isnan().any():
-        return " NaN comes from a slot that no context has, or from an overflow."
+        return (" NaN comes from a slot that no context has, from a softmax over no position at all, or from an "
+                "overflow.")
     (first, n, length), slots = case.requests()[request], case.slots(request)
     seen, right = slots[: length - n + row - first + 1], case.head_of(head)
-    guesses = [("of a mask that counts from the start of the context", slots[: row - first + 1], right),
-               ("without a mask: the row also sees what comes after it", slots, right),
-               ("of a row that sees one position less", seen[:-1], right),
-               ("of the first tokens of the first block alone", slots[:1], right)]
-    guesses += [(f"of key-value head {other}, not {right}", seen, other) for other in range(case.k_cache.shape[1])]
-    for words, visible, kv_head in guesses:
-        if visible and (visible, kv_head) != (seen, right):
-            if torch.allclose(case.answer(row, head, visible, kv_head), got, rtol=1e-3, atol=1e-3):
-                return f" That is the answer {words}."
+    guesses = [("of a mask that counts from the start of the context", slots[: row - first + 1], right, case.scale),
+               ("of a row that sees one position too many", slots[: len(seen) + 1], right, case.scale),
+               ("without a mask: the row also sees all that comes after it", slots, right, case.scale),
+               ("of a row that sees one position too few", seen[:-1], right, case.scale),
+               ("of the first position alone", slots[:1], right, case.scale),
+               ("of scores that are not multiplied by scale", seen, right, 1.0),
+               ("of the scale 1 / sqrt(head_dim), whatever scale says", seen, right, len(got) ** -0.5)]
+    guesses += [(f"of key-value head {other}, not {right}", seen, other, case.scale)
+                for other in range(case.k_cache.shape[1])]
+    wanted = case.answer(row, head, seen, right)
+    for words, visible, kv_head, scale in guesses:
+        answer = case.answer(row, head, visible, kv_head, scale) if visible else wanted
+        if _near(answer, got) and not _near(answer, wanted):
+            return f" That is the answer {words}."
     return ""
+
+
+def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def shown(values: torch.Tensor) -> str:

@@ -38,7 +38,8 @@ LAB = Lab(
             "Which of the figures are lengths of something, and which need a running sum? `__init__` has the sums.",
             "`fill` is called with 1, then 2, then 3 for the same block. What must be added to the sum each time?",
             "`fill` adds the difference to what the block had before. In `stats` a referenced block is one that is not "
-            "available, and each of them reserves `block_size` slots. Nothing may walk over the pool.")),
+            "available, and each of them reserves `block_size` slots. Nothing may walk over the pool. If a sum is "
+            "wrong only after a block was given back, repair `give_back`: part 2 could not see the sums.")),
     ),
     scenario=Scenario(
         requests=(
@@ -46,6 +47,5 @@ LAB = Lab(
             (0, "A town kept its letters in a library once. A town kept its letters in", {"max_tokens": 40}),
             (24, "So the shelves stood empty, and the doors were shut. So the shelves stood", {"max_tokens": 24})),
         options={"num_blocks": 12},
-        watch="The third request comes when the first has left. It gets free blocks first, wherever they lie, and then "
-              "cached ones of the first request, from the end of its text."),
+        watch="The third request comes when the first has left. Which blocks does it get, and what was in them?"),
 )

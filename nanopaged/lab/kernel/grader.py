@@ -101,13 +101,13 @@ def expect_attention(case: Case, choice: Choice, kernels: tuple[str, ...], *chan
     expect_launched(watched, *kernels)
 
 
-def set_scores(case: Case, score: Callable[[int], float]) -> Case:
-    """Lets each row of request 0 have the score score(p) at position p."""
+def set_scores(case: Case, words: str, score: Callable[[int], float]) -> Case:
+    """Lets each row of request 0 have the score score(p) at position p, which `words` say."""
     case.q.zero_()
     case.q[:, :, 0] = 1.0
     for position, slot in enumerate(case.slots(0)):
         case.k_cache[slot // BLOCK_SIZE, :, slot % BLOCK_SIZE, 0] = score(position)
-    case.scale = 1.0
+    case.scale, case.q_is, case.k_is = 1.0, "1 at dim 0, else 0", f"such that the score of position p is {words}"
     return case
 
 
@@ -145,15 +145,13 @@ def many_tiles() -> None:
 def moving_maxima() -> None:
     for length, words, score in ((17, "3 at position 16, else 0", lambda p: 3.0 * (p == 16)),
                                  (40, "p / 8", lambda p: p / 8), (40, "-p / 8", lambda p: -p / 8)):
-        case = set_scores(small_case([length], [1], prompts=True), score)
-        expect_prompt(case, f"but the score of position p is {words}, and scale is 1")
+        expect_prompt(set_scores(small_case([length], [1], prompts=True), words, score))
 
 
 @check(2, "Very negative and very large scores give neither 0 nor NaN.")
 def large_scores() -> None:
     for score in (-1000.0, 1000.0):
-        case = set_scores(small_case([20], [2], prompts=True), lambda p: score)
-        expect_prompt(case, f"but all scores are {score:.0f}")
+        expect_prompt(set_scores(small_case([20], [2], prompts=True), f"{score:.0f}", lambda p: score))
 
 
 @check(2, "Each key-value head, shared by a group of query heads, is read at its own place.")
@@ -271,7 +269,7 @@ def unequal_parts() -> None:
 def large_sums() -> None:
     for words, score in (("-1000", lambda p: -1000.0), ("40 * p", lambda p: 40.0 * p),
                          ("-40 * p", lambda p: -40.0 * p)):
-        expect_merged(set_scores(small_case([20], [1]), score), f"but the score of position p is {words}", atol=1e-3)
+        expect_merged(set_scores(small_case([20], [1]), words, score), atol=1e-3)
 
 
 @check(4, "Each request has its own number of parts; the others are not read.")
@@ -282,7 +280,7 @@ def unused_parts() -> None:
 
 @check(4, "There may be more parts than fit into a tile.")
 def many_parts() -> None:
-    expect_merged(set_scores(small_case([270], [1]), lambda p: p / 8), "but the score of position p is p / 8")
+    expect_merged(set_scores(small_case([270], [1]), "p / 8", lambda p: p / 8))
 
 
 @check(4, "An empty context becomes 0.")
