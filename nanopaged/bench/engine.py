@@ -1,10 +1,10 @@
 """How fast is the whole engine on a CPU, and how far from what its matrix products alone would take?
 
 The shapes of GPT-2 124M with random weights in float32, requests of mixed lengths, greedy. The paged
-engine is compared with three others on the same model: the floor (the matrix products of the same
-steps, those of prompts' attention among them, and their KV bytes read once at the speed of a large read,
-nothing else; timed in turn with the engine's steps); static batches, padded to the longest, as large as the KV memory of the paged run
-allows; and one request at a time.
+engine is compared with three others on the same model: the floor (the matrix products of the same steps,
+those of prompts' attention among them, and their KV bytes read once at the speed of a large read, nothing
+else; timed in turn with the engine's steps); static batches, padded to the longest, as large as the KV
+memory of the paged run allows; and one request at a time.
 """
 
 from __future__ import annotations

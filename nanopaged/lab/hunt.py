@@ -7,6 +7,7 @@ the score is how many they kill. The bugs are numbered here, not named.
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def _pytest(report: Report) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ.pop("PYTEST_ADDOPTS", None)  # which may start other processes, with another package
     report(status=int(pytest.main([HUNT, "-x", "-q", "--no-header", "-p", "no:cacheprovider"])))
 
 

@@ -30,7 +30,8 @@ def test_a_bug_is_killed_if_a_test_fails_on_it_or_does_not_end(folder: Path, mon
     with open(folder / "hunt" / "test_example.py", "a") as file:
         file.write("\n\ndef test_all_blocks_can_be_taken() -> None:\n"
                    "    assert BlockAllocator(2, 4).num_available == 2\n")
-    monkeypatch.setattr(hunt, "SHORTEST", 1.0)
+    monkeypatch.setattr(hunt, "SHORTEST", 3.0)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2")  # of those who run this very test, perhaps
     said: list[str] = []
     found = hunt.hunt(folder, said.append)
     assert found.is_fair and found.killed == [True, True, False]
