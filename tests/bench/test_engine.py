@@ -123,5 +123,6 @@ def test_the_floor_counts_the_products_of_prompts_attention_at_the_speed_of_the_
     floor = Floor(model)
     read = 20 * floor.kv_token_bytes / 1e9
     assert floor.seconds(StepSize(10, 1, 20, scores=0), 0) == 3.0 + read
-    others = 10 * 2 * 12 * 64 * 64 + 100 * 64  # rows times weights; attention: scores times 2 products, layers, width
-    assert floor.seconds(StepSize(10, 1, 20, scores=55), 0) == pytest.approx(3.0 * (1 + 55 * 2 * 2 * 64 / others) + read)
+    others = 10 * 2 * 12 * 64 * 64 + 100 * 64  # rows times weights; attention: scores, 2 products, layers, width
+    attention = 55 * 2 * 2 * 64
+    assert floor.seconds(StepSize(10, 1, 20, scores=55), 0) == pytest.approx(3.0 * (1 + attention / others) + read)
