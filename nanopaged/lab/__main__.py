@@ -17,6 +17,7 @@ For instructors (docs/labs/teaching.md):
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bug.set_defaults(run=commands.bug)
 
     prove = verbs.add_parser("prove", help="do the graders grade?")
-    prove.add_argument("lab", nargs="*", choices=[[], *labs.NAMES], metavar="LAB")
+    prove.add_argument("lab", nargs="*", metavar="LAB", help="(default: all)")
     prove.add_argument("--seeds", type=int, default=1, metavar="N", help="of random checks (default: %(default)s)")
     prove.set_defaults(run=commands.prove)
 
@@ -87,4 +88,5 @@ def _run(prog: str, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what runs for a check ends with it
     sys.exit(main())

@@ -7,7 +7,6 @@ a folder of its own, and its own `check` is run.
 from __future__ import annotations
 
 import argparse
-import io
 import subprocess
 import sys
 import tarfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nanopaged.lab.isolation import CHECKOUT
-from nanopaged.lab.workspace import Workspace
+from nanopaged.lab.workspace import Workspace, git
 
 GRADED_BY = ("nanopaged", "docs/labs")  # what a check depends on
 
@@ -28,14 +27,16 @@ def check_elsewhere(workspace: Workspace, args: argparse.Namespace) -> int | Non
     commit = workspace.state.get("commit")
     if commit is None or _same(str(commit)):
         return None
-    archive = _git("archive", "--format=tar", str(commit), "nanopaged")
-    if archive.returncode:
-        raise ValueError(f"{workspace.folder} was made from commit {commit}, which this repository does not have: "
-                         "fetch it, or check with the checkout that the workspace was made from")
-    print(f"Checking by commit {str(commit)[:9]}, from which the workspace was made.", flush=True)
     with TemporaryDirectory() as scratch:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        tar = Path(scratch) / "checkout.tar"
+        try:
+            git(CHECKOUT, "archive", "--format=tar", f"--output={tar}", str(commit), "nanopaged")
+        except ValueError as error:
+            raise ValueError(f"{workspace.folder} was made from commit {commit}, which this repository does not have: "
+                             f"fetch it, or check with the checkout that made the workspace ({error})") from None
+        with tarfile.open(tar) as files:
             files.extractall(scratch)
+        print(f"Checking by commit {str(commit)[:9]}, from which the workspace was made.", flush=True)
         (Path(scratch) / ".is-at-commit").touch()
         options = ["--seed", str(args.seed)] + (["--lab", args.lab] if args.lab else [])
         options += ["--json", str(args.json.resolve())] if args.json else []
@@ -48,8 +49,7 @@ def _same(commit: str) -> bool:
     """Whether this checkout is of that commit, as far as it matters; also where there is no repository to ask."""
     if (CHECKOUT / ".is-at-commit").exists() or not (CHECKOUT / ".git").exists():
         return True
-    return _git("diff", "--quiet", commit, "--", *GRADED_BY).returncode == 0
-
-
-def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, check=False)
+    try:
+        return git(CHECKOUT, "diff", "--name-only", commit, "--", *GRADED_BY) == ""
+    except ValueError:  # a commit that is not there
+        return False

@@ -6,6 +6,7 @@ of another structure, on which every part must hold. Each lab's are in its folde
 
 from __future__ import annotations
 
+import ast
 import importlib
 import shutil
 from dataclasses import dataclass
@@ -62,9 +63,17 @@ def has_alternative(lab: str) -> bool:
 
 def plant_alternative(lab: str, folder: Path) -> None:
     """Lets a lab's alternative take the place of what it reimplements, in the package in `folder`."""
-    name = f"nanopaged.lab.{lab}.alternative"
-    path = folder / "nanopaged" / f"{importlib.import_module(name).REPLACES}.py"
-    path.write_text(path.read_text(encoding="utf-8") + f"\nfrom {name} import *\n", encoding="utf-8")
+    alternative = importlib.import_module(f"nanopaged.lab.{lab}.alternative")
+    path = folder / "nanopaged" / f"{alternative.REPLACES}.py"
+    text = Path(alternative.__file__).read_text(encoding="utf-8").replace("from __future__ import annotations\n", "")
+    path.write_text(path.read_text(encoding="utf-8") + "\n" + text, encoding="utf-8")
+
+
+def plant_nothing(folder: Path) -> None:
+    """Writes the same program in another way: a test that compares texts would not know it again."""
+    for path in (folder / "nanopaged").glob("*.py"):
+        if path.name != "attention_kernels.py":  # Triton compiles its text
+            path.write_text(ast.unparse(ast.parse(path.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
 def variant(folder: Path) -> Path:

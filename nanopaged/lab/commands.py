@@ -6,6 +6,8 @@ import argparse
 import csv
 import difflib
 import json
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from nanopaged.lab import hunt as hunting
 from nanopaged.lab.at_commit import check_elsewhere
 from nanopaged.lab.bodies import Body
 from nanopaged.lab.check import PartResult, check_part
+from nanopaged.lab.isolation import CHECKOUT
 from nanopaged.lab.labs import Lab
 from nanopaged.lab.prove import check_planted, proofs_of
 from nanopaged.lab.scenario import play
@@ -38,13 +41,17 @@ def overview(args: argparse.Namespace) -> int:
 
 def start(args: argparse.Namespace) -> int:
     workspace = Workspace.start(args.lab, args.folder)
-    print(f"{workspace.folder} is ready: read its README.md, write the functions that raise NotImplementedError, then\n"
-          f"    {COMMAND} check {args.folder}")
+    task = "write tests" if args.lab == "hunt" else "write the functions that raise NotImplementedError"
+    print(f"{workspace.folder} is ready: read its README.md, {task}, then\n    {COMMAND} check {args.folder}")
+    if workspace.state["commit"] is None:
+        print("This checkout is no commit's, so the workspace will be checked by whatever the checkout is by then.")
     return 0
 
 
 def check(args: argparse.Namespace) -> int:
     workspace = Workspace(args.folder)
+    if args.json:
+        args.json.write_text(json.dumps({"score": 0, "output": "the check did not end"}) + "\n", encoding="utf-8")
     if (status := check_elsewhere(workspace, args)) is not None:
         return status
     if workspace.name == "hunt":
@@ -115,7 +122,9 @@ def gradescope(results: list[PartResult]) -> dict[str, object]:
     tests = [{"name": f"{result.lab}, part {result.number}: {verdict.words}", "score": points * verdict.holds,
               "max_score": points, "status": "passed" if verdict.holds else "failed", "output": verdict.message}
              for result, verdict in verdicts]
-    return {"score": round(points * sum(verdict.holds for _, verdict in verdicts), 2), "tests": tests}
+    return {"score": round(points * sum(verdict.holds for _, verdict in verdicts), 2), "tests": tests,
+            "extra_data": {"lab": results[0].lab, "held": sum(result.holds for result in results),
+                           "parts": len(results)}}
 
 
 def _check_hunt(workspace: Workspace, file: Path | None) -> int:
@@ -130,11 +139,14 @@ def _check_hunt(workspace: Workspace, file: Path | None) -> int:
         alive = [str(number) for number, dead in enumerate(found.killed, 1) if not dead]
         print(f"killed: {killed} of {total} bugs" + (f"; alive: {', '.join(alive)}" if alive else ""))
     else:
-        print("No bug was tried: first the tests must pass on every right solution.")
+        print("No bug counts: first the tests must pass on every right solution, each time.")
     if file:
-        file.write_text(json.dumps({"score": 100 * killed / total, "tests": [
-            {"name": f"bug {number}", "score": 100 / total * dead, "max_score": 100 / total}
-            for number, dead in enumerate(found.killed, 1)]}, indent=1) + "\n", encoding="utf-8")
+        unfair = "\n".join(f"{solution}: {complaint}" for solution, complaint in found.right.items() if complaint)
+        file.write_text(json.dumps({
+            "score": round(100 * killed / total, 2), "output": unfair, "tests": [
+                {"name": f"bug {number}", "score": 100 / total * dead, "max_score": 100 / total}
+                for number, dead in enumerate(found.killed, 1)],
+            "extra_data": {"lab": "hunt", "held": int(found.is_fair), "parts": 1}}, indent=1) + "\n", encoding="utf-8")
     return int(killed < total)
 
 
@@ -179,7 +191,8 @@ def hint(args: argparse.Namespace) -> int:
 
 def diff(args: argparse.Namespace) -> int:
     workspace = Workspace(args.folder)
-    if failing := next((result for result in _results(workspace, workspace.labs) if not result.holds), None):
+    results = _results(workspace, _chosen(workspace, None, None))
+    if failing := next((result for result in results if not result.holds), None):
         raise ValueError(f"{failing.lab}, part {failing.number} does not hold yet: the source is shown when the lab "
                          "passes")
     print(workspace.diff() or "The functions are the source's, to the letter.")
@@ -187,7 +200,7 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def grade(args: argparse.Namespace) -> int:
-    folders = sorted(path for path in args.folder.iterdir() if path.is_dir())
+    folders = sorted(path for path in args.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise ValueError(f"{args.folder} has no folders: it should have one for each student, with a workspace in it")
     with open(args.csv, "w", encoding="utf-8", newline="") as file:
@@ -203,19 +216,20 @@ def grade(args: argparse.Namespace) -> int:
 
 
 def _graded(folder: Path) -> list[object]:
-    try:
-        workspace = Workspace(folder)
-    except ValueError as error:
-        return ["", 0, 0, 0, str(error)]
-    if workspace.name == "hunt":
-        found = hunting.hunt(workspace.folder)
-        unfair = next((complaint for complaint in found.right.values() if complaint), "")
-        return ["hunt", round(100 * sum(found.killed) / len(bugs.every_bug()), 1), int(found.is_fair), 1, unfair]
-    results = list(_results(workspace, workspace.labs))
-    first = next((f"{result.lab}, part {result.number}: {verdict.words}" for result in results
-                  for verdict in result.verdicts if not verdict.holds), "")
-    return [workspace.name, round(gradescope(results)["score"], 1), sum(result.holds for result in results),
-            len(results), first]
+    """By `check` in a process of its own, which also finds the commit that the workspace came from."""
+    found = [path.parent for path in (folder / ".lab.json", *sorted(folder.glob("*/.lab.json"))) if path.exists()]
+    if not found:
+        return ["", 0, 0, 0, "there is no workspace in it"]
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "results.json"
+        command = [sys.executable, "-m", "nanopaged.lab", "check", str(found[0].resolve()), "--json", str(file)]
+        done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, errors="replace", check=False)
+        results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "extra_data" not in results:
+        return ["", 0, 0, 0, (done.stderr.strip().splitlines() or ["it could not be checked"])[-1]]
+    first = next((test["name"] for test in results["tests"] if not test["score"]), "") or results.get("output", "")
+    extra = results["extra_data"]
+    return [extra["lab"], results["score"], extra["held"], extra["parts"], first]
 
 
 def bug(args: argparse.Namespace) -> int:

@@ -87,10 +87,14 @@ def isolated(task: Callable[[Report], object], folder: Path, seconds: float) -> 
         pid = os.fork()
         if pid == 0:
             try:
+                os.setsid()  # so that what the code starts can be ended with it
                 _child(task, folder, seconds, files)
             finally:
                 os._exit(3)
-        status = _waited(pid, seconds + 5)  # the process's own watchdog comes first, and knows where it stands
+        try:
+            status = _waited(pid, seconds + 5)  # the process's own watchdog comes first, and knows where it stands
+        finally:
+            _end_group(pid)
         return Outcome(_results(files["results"]), _end(files["printed"]), _place(files["stands"], folder), status)
 
 
@@ -115,6 +119,14 @@ def _waited(pid: int, seconds: float) -> str:
 def _kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def _end_group(pid: int) -> None:
+    """Ends what a child that has ended has left running."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # nothing
+        pass
 
 
 def _child(task: Callable[[Report], object], folder: Path, seconds: float, files: dict[str, Path]) -> None:

@@ -66,7 +66,7 @@ def test_after_a_change_the_workspaces_own_commit_checks_it(
 
 
 def test_a_commit_that_the_repository_does_not_have_is_named(repository: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="was made from commit 0{40}, which this repository does not have: fetch"):
+    with pytest.raises(ValueError, match="was made from commit 0{40}, which this repository does not have: fetch it"):
         check_elsewhere(workspace(tmp_path, "0" * 40), OPTIONS)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanopaged.lab import labs
-from nanopaged.lab.bodies import blanked
+from nanopaged.lab.bodies import Body, blanked
 from nanopaged.lab.check import PartResult, check_part
 from nanopaged.lab.isolation import Report
 from nanopaged.lab.workspace import PACKAGE, copy_package, take_out
@@ -97,3 +97,39 @@ def test_an_import_of_the_reference_is_not_possible(folder: Path) -> None:
 
 def test_a_check_is_repeated_with_its_seed(folder: Path) -> None:
     assert check_part(folder, BLOCKS, 1, seed=7).holds
+
+
+def test_a_function_that_was_moved_away_matters_only_where_it_is_used(folder: Path) -> None:
+    path = folder / "nanopaged" / "block_allocator.py"
+    path.write_text(path.read_text().replace("def fork(", "def another_fork("))
+    assert check_part(folder, BLOCKS, 1).holds
+
+
+def test_what_other_labs_ask_for_is_lent_too(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    take_out(tmp_path, labs.every())
+    source = (PACKAGE / "block_allocator.py").read_text()
+    path = tmp_path / "nanopaged" / "block_allocator.py"
+    functions = [name for lab in ("prefix", "copies") for name in map(Body.of, labs.get(lab).bodies())
+                 if name.module == "block_allocator"]
+    path.write_text(blanked(source, {body.function: "lab prefix, part 1: x" for body in functions}))
+    assert all(check_part(tmp_path.resolve(), BLOCKS, number).holds for number in range(1, len(BLOCKS.parts) + 1))
+
+
+@pytest.mark.parametrize("body", [
+    "class Odd(Exception):\n            def __str__(self): raise KeyError\n        raise Odd",
+    "raise ValueError('x' * 10**7)",
+    "import sys; sys.stdout = None; raise ValueError('gone')",
+])
+def test_an_odd_exception_fails_its_check_and_no_other(folder: Path, body: str) -> None:
+    result = write(folder, body)
+    assert [verdict.message[:10] for verdict in result.verdicts] == ["it raised "] * len(result.verdicts)
+    assert all(len(verdict.message) <= 4000 for verdict in result.verdicts)
+
+
+def test_the_checks_after_one_that_does_not_end_are_not_blamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow = Report.allow
+    monkeypatch.setattr(Report, "allow", lambda self, seconds: allow(self, min(seconds, 0.5)))
+    messages = [verdict.message for verdict in write(folder, "while True: pass").verdicts]
+    assert messages[0].startswith("the code was still running")
+    assert set(messages[1:]) == {"not tried: the check before it did not end"}

@@ -57,3 +57,22 @@ def test_tests_that_look_into_the_source_fail_on_another_right_solution(folder: 
 def test_no_tests_at_all_pass_nothing(folder: Path) -> None:
     (folder / "hunt" / "test_example.py").unlink()
     assert not hunt.hunt(folder).is_fair
+
+
+def test_tests_that_compare_texts_or_ask_the_graders_are_not_fair(folder: Path) -> None:
+    (folder / "hunt" / "test_text.py").write_text(
+        "from pathlib import Path\n\n\ndef test_text() -> None:\n"
+        "    assert '# ' in Path('nanopaged/block_allocator.py').read_text()\n")
+    assert hunt.hunt(folder).right["the source, written in another way"] != ""
+    (folder / "hunt" / "test_text.py").write_text("import nanopaged.lab.bugs\n\n\ndef test_x() -> None:\n    pass\n")
+    assert hunt.hunt(folder).right["the source"] != ""
+
+
+def test_a_test_that_fails_now_and_then_kills_nothing(folder: Path, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    count.write_text("")
+    (folder / "hunt" / "test_flaky.py").write_text(
+        f"from pathlib import Path\n\n\ndef test_flaky() -> None:\n    file = Path({str(count)!r})\n"
+        "    file.write_text(file.read_text() + 'x')\n    assert len(file.read_text()) < 8\n")
+    found = hunt.hunt(folder)
+    assert not found.is_fair and found.killed == [] and found.right["the source, once more"] != ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -125,3 +126,16 @@ def test_ctrl_c_ends_the_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, lambda report: signal.pause())
     assert len(killed) == 1
+
+
+def test_what_the_code_has_started_ends_with_it(tmp_path: Path) -> None:
+    def task(report: Report) -> None:
+        report(child=subprocess.Popen(["sleep", "77"]).pid)
+
+    ((child,),) = [list(result.values()) for result in run(tmp_path, task).results]
+    for _ in range(100):
+        if not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes():
+            break  # gone, or nobody has asked for its status yet
+        time.sleep(0.05)
+    else:
+        pytest.fail("the process is still there")

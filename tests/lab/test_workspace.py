@@ -91,7 +91,7 @@ def test_hints_come_one_at_a_time_and_leave_no_change_to_be_committed(made: Work
         text = f"blocks, part 2, hint {number} of {len(hints)}{last}: {expected}"
         assert Workspace(made.folder).next_hint(lab, 2) == text
     assert Workspace(made.folder).next_hint(lab, 1).startswith("blocks, part 1, hint 1 of ")
-    assert workspace._git(made.folder, "status", "--porcelain") == ""
+    assert workspace.git(made.folder, "status", "--porcelain") == ""
 
 
 def test_a_folder_whose_parent_is_missing_is_taken_for_a_slip(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_difference_is_that_of_the_bodies_alone(tmp_path: Path) -> None:
 def test_the_commit_is_known_only_where_the_package_is_the_commits(
         monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def git(*arguments: str) -> str:
-        return workspace._git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments)
+        return workspace.git(tmp_path, *arguments)
 
     monkeypatch.setattr(workspace, "CHECKOUT", tmp_path)
     assert workspace.commit() is None
@@ -127,3 +127,19 @@ def test_the_commit_is_known_only_where_the_package_is_the_commits(
     assert workspace.commit() is None
     (tmp_path / "nanopaged" / "b.py").rename(tmp_path / "notes")
     assert workspace.commit() is not None
+
+
+def test_neither_a_users_settings_nor_another_repository_matter(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config").write_text("[commit]\n\tgpgsign = true\n[user]\n\tsigningkey = none\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    made = Workspace.start("blocks", tmp_path / "ada")
+    assert (made.folder / ".git").is_dir() and not (tmp_path / "elsewhere").exists()
+
+
+def test_a_start_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="git is not installed: install it"):
+        Workspace.start("blocks", tmp_path / "ada")
+    assert not (tmp_path / "ada").exists()
