@@ -55,7 +55,9 @@ def check(args: argparse.Namespace) -> int:
     if (status := check_elsewhere(workspace, args)) is not None:
         return status
     if workspace.name == "hunt":
-        return _check_hunt(workspace, args.json)
+        if args.part is not None:
+            raise ValueError("the hunt has no parts: name a lab with --lab to try its bugs alone")
+        return _check_hunt(workspace, args.lab, args.json)
     results: list[PartResult] = []
     for result in _results(workspace, _chosen(workspace, args.lab, args.part), args.part, args.seed):
         _print_result(workspace, result, results)
@@ -72,6 +74,8 @@ def check(args: argparse.Namespace) -> int:
 def _chosen(workspace: Workspace, name: str | None, part: int | None) -> list[Lab]:
     """The labs of a workspace that were asked for. Raises ValueError if there is none, or no such part."""
     chosen = [lab for lab in workspace.labs if name in (None, lab.name)]
+    if workspace.name == "hunt":
+        raise ValueError("the hunt has nothing but `check`: no hints, no scenario, and no solution to compare with")
     if not chosen:
         raise ValueError(f"this workspace is of the lab {workspace.name}" + (f", not of {name}" if name else ""))
     if part is not None:
@@ -127,26 +131,28 @@ def gradescope(results: list[PartResult]) -> dict[str, object]:
                            "parts": len(results)}}
 
 
-def _check_hunt(workspace: Workspace, file: Path | None) -> int:
-    found = hunting.hunt(workspace.folder, show_progress)
+def _check_hunt(workspace: Workspace, lab: str | None, file: Path | None) -> int:
+    found = hunting.hunt(workspace.folder, show_progress, lab)
     show_progress("")
     for solution, complaint in found.right.items():
         print(f"{solution}: {'the tests pass' if not complaint else 'the tests fail, and must not'}")
         if complaint:
             print(textwrap.indent(complaint, "    "))
-    killed, total = sum(found.killed), len(bugs.every_bug())
+    killed, total = found.score
     if found.is_fair:
-        alive = [str(number) for number, dead in enumerate(found.killed, 1) if not dead]
-        print(f"killed: {killed} of {total} bugs" + (f"; alive: {', '.join(alive)}" if alive else ""))
+        print(f"\nkilled: {killed} of {total} bugs")
+        for name, dead in found.killed.items():
+            alive = ", ".join(str(number) for number, is_dead in enumerate(dead, 1) if not is_dead)
+            print(f"    {name:<10} {sum(dead):>2} of {len(dead)}" + (f"; alive: {alive}" if alive else ""))
     else:
-        print("No bug counts: first the tests must pass on every right solution, each time.")
+        print("\nNo bug counts: first the tests must pass on every right solution, each time.")
     if file:
         unfair = "\n".join(f"{solution}: {complaint}" for solution, complaint in found.right.items() if complaint)
-        file.write_text(json.dumps({
-            "score": round(100 * killed / total, 2), "output": unfair, "tests": [
-                {"name": f"bug {number}", "score": 100 / total * dead, "max_score": 100 / total}
-                for number, dead in enumerate(found.killed, 1)],
-            "extra_data": {"lab": "hunt", "held": int(found.is_fair), "parts": 1}}, indent=1) + "\n", encoding="utf-8")
+        tests = [{"name": f"{name}, bug {number}", "score": 100 / total * is_dead, "max_score": 100 / total}
+                 for name, dead in found.killed.items() for number, is_dead in enumerate(dead, 1)]
+        results = {"score": round(100 * killed / total, 2), "output": unfair, "tests": tests,
+                   "extra_data": {"lab": "hunt", "held": int(found.is_fair), "parts": 1}}
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return int(killed < total)
 
 
@@ -227,7 +233,7 @@ def _graded(folder: Path) -> list[object]:
         results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if "extra_data" not in results:
         return ["", 0, 0, 0, (done.stderr.strip().splitlines() or ["it could not be checked"])[-1]]
-    first = next((test["name"] for test in results["tests"] if not test["score"]), "") or results.get("output", "")
+    first = results.get("output", "") or next((test["name"] for test in results["tests"] if not test["score"]), "")
     extra = results["extra_data"]
     return [extra["lab"], results["score"], extra["held"], extra["parts"], first]
 

@@ -28,60 +28,91 @@ SHORTEST = 5.0  # seconds that they may always take on another version; else thr
 @dataclass
 class Hunt:
     right: dict[str, str] = field(default_factory=dict)  # each right solution, with what the tests say if they fail
-    killed: list[bool] = field(default_factory=list)  # bug by bug
+    killed: dict[str, list[bool]] = field(default_factory=dict)  # of each lab, bug by bug
 
     @property
     def is_fair(self) -> bool:
         return not any(self.right.values())
 
+    @property
+    def score(self) -> tuple[int, int]:
+        """Bugs that were killed, and bugs that there are."""
+        return sum(map(sum, self.killed.values())), sum(map(len, self.killed.values()))
 
-def hunt(folder: Path, progress: Callable[[str], object] = lambda text: None) -> Hunt:
-    """Runs the tests of a workspace. If they fail on a right solution, no bug is tried."""
+
+def hunt(folder: Path, progress: Callable[[str], object] = lambda text: None, lab: str | None = None) -> Hunt:
+    """Runs the tests of a workspace, on all bugs or on those of one lab.
+
+    No bug is tried if the tests fail on a right solution, and no other right solution if they fail on the source.
+    """
     for name in ("pytest", "torch"):  # here, so that each process has them
         importlib.import_module(name)
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, in each process
-    found, start = Hunt(), time.monotonic()
-    found.right["the source"] = _complaint(_run(folder, lambda variant: None, SECONDS))
-    limit = max(SHORTEST, 3 * (time.monotonic() - start))
-    others = {"the source, written in another way": bugs.plant_nothing}
+    planted = [(name, bug) for name, bug in bugs.every_bug() if lab in (None, name)]
+    found = Hunt(killed={name: [] for name, _ in planted})
+    right = {"the source": lambda variant: None, "the source, written in another way": bugs.plant_nothing}
     for name in filter(bugs.has_alternative, labs.NAMES):
-        others[f"another right solution of {name}"] = partial(bugs.plant_alternative, name)
-    for solution, plant in others.items():
+        right[f"another right solution of {name}"] = partial(bugs.plant_alternative, name)
+    seconds, start = SECONDS, time.monotonic()
+    for solution, plant in right.items():
         progress(solution)
-        found.right[solution] = _complaint(_run(folder, plant, limit))
-    if found.is_fair:
-        planted = bugs.every_bug()
-        for number, (_, bug) in enumerate(planted, 1):
-            progress(f"bug {number} of {len(planted)}: {sum(found.killed)} killed")
-            found.killed.append(_complaint(_run(folder, partial(bugs.plant, bug), limit)) != "")
-        # A test that fails now and then kills bugs by chance.
-        found.right["the source, once more"] = _complaint(_run(folder, lambda variant: None, limit))
-        if not found.is_fair:
-            found.killed.clear()
+        found.right[solution] = _complaint(_run(folder, plant, seconds, "--tb=short"), seconds)
+        if solution == "the source":
+            seconds = max(SHORTEST, 3 * (time.monotonic() - start))
+            if not found.is_fair:
+                break
+    for number, (name, bug) in enumerate(planted, 1):
+        dead = False
+        if found.is_fair:
+            progress(f"bug {number} of {len(planted)}: {found.score[0]} killed")
+            dead = _complaint(_run(folder, partial(bugs.plant, bug), seconds, "-x"), seconds) != ""
+        found.killed[name].append(dead)
+    if found.is_fair:  # a test that fails now and then kills bugs by chance
+        found.right["the source, once more"] = _complaint(_run(folder, lambda variant: None, seconds, "-x"), seconds)
+    if not found.is_fair:
+        found.killed = {name: [False] * len(killed) for name, killed in found.killed.items()}
     return found
 
 
-def _run(folder: Path, change: Callable[[Path], object], seconds: float) -> Outcome:
+def _run(folder: Path, change: Callable[[Path], object], seconds: float, option: str) -> Outcome:
     """The tests on a changed copy of the source's package."""
     with TemporaryDirectory() as scratch:
         variant = bugs.variant(Path(scratch).resolve())
         change(variant)
-        shutil.copytree(folder / HUNT, variant / HUNT, ignore=shutil.ignore_patterns("__pycache__"))
-        return isolated(_pytest, variant, seconds)
+        (variant / HUNT).mkdir()
+        if (folder / HUNT).is_dir():
+            shutil.copytree(folder / HUNT, variant / HUNT, ignore=shutil.ignore_patterns("__pycache__"),
+                            dirs_exist_ok=True)
+        return isolated(partial(_pytest, option), variant, seconds)
 
 
-def _pytest(report: Report) -> None:
+class Passed:
+    """A pytest plugin that counts tests that passed: one that was skipped says nothing."""
+
+    count = 0
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        self.count += report.when == "call" and report.passed
+
+
+def _pytest(option: str, report: Report) -> None:
     import pytest
     import torch
 
     torch.set_num_threads(1)
     os.environ.pop("PYTEST_ADDOPTS", None)  # which may start other processes, with another package
     sys.modules["nanopaged.lab"] = None  # the tests have no business there
-    report(status=int(pytest.main([HUNT, "-x", "-q", "--no-header", "-p", "no:cacheprovider"])))
+    passed = Passed()
+    status = pytest.main([HUNT, option, "-q", "--no-header", "-p", "no:cacheprovider"], plugins=[passed])
+    report(status=int(status), passed=passed.count)
 
 
-def _complaint(outcome: Outcome) -> str:
+def _complaint(outcome: Outcome, seconds: float) -> str:
     """Why the tests did not pass; empty if they did."""
     if not outcome.results:
-        return f"the process {outcome.status}" + (f", at {outcome.stands}" if outcome.stands else "")
-    return "" if outcome.results[0]["status"] == 0 else outcome.printed
+        late = f"they had not ended after {seconds:.0f} s, at {outcome.stands}"
+        return late if outcome.stands else f"their process {outcome.status}"
+    (result,) = outcome.results
+    if result["status"] in (0, 5) and result["passed"] == 0:
+        return f"no test ran: there should be files {HUNT}/test_*.py with functions test_*"
+    return "" if result["status"] == 0 else outcome.printed or "they fail"

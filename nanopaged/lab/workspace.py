@@ -36,8 +36,10 @@ def test_two_calls_of_take_give_two_blocks() -> None:
 '''
 WHERE = """> This is DIR, {folder}. Commands belong to the checkout of nanopaged from which it was made,
 > and so does the folder `docs/`: first `cd {checkout}`, and use the Python of that checkout's
-> environment. What you write is in DIR/nanopaged. When it is done, `train_free_demo.py` here runs the engine on it.
+> environment. {task}
 """
+TASK = "What you write is in DIR/nanopaged. When it is done, `train_free_demo.py` here runs the engine on it."
+HUNTING = "What you write is in DIR/hunt. To run your tests by hand: `cd DIR`, and `python -m pytest hunt` with that Python."
 HINTS = ".hints.json"  # how many were given
 BESIDE = ("requirements.txt", "train_free_demo.py")  # what makes a workspace run on its own
 
@@ -115,7 +117,8 @@ class Workspace:
             (folder / HUNT / "test_example.py").write_text(EXAMPLE, encoding="utf-8")
         handouts = [HANDOUTS / f"{each}.md" for each in ([name] if name != "all" else labs.NAMES)]
         texts = [handout.read_text(encoding="utf-8") for handout in handouts if handout.exists()]
-        where = WHERE.format(checkout=CHECKOUT, folder=folder.resolve())
+        task = HUNTING if name == "hunt" else TASK
+        where = WHERE.format(checkout=CHECKOUT, folder=folder.resolve(), task=task)
         (folder / "README.md").write_text("\n".join([where, *texts]), encoding="utf-8")
         (folder / ".gitignore").write_text(f"__pycache__/\n.venv/\nsee.html\n{HINTS}\n", encoding="utf-8")
         (folder / ".lab.json").write_text(json.dumps({"lab": name, "commit": commit()}), encoding="utf-8")

@@ -137,7 +137,7 @@ def test_a_class_is_graded_folder_by_folder(tmp_path: Path, capsys: pytest.Captu
     assert (bob["folder"], bob["score"], bob["parts that hold"]) == ("bob", "0.0", "0")
     assert "part 1: " in bob["first failure"]
     assert cy["score"] == "0" and cy["first failure"] == "there is no workspace in it"
-    assert dee["score"] == "0" and "No such file" in dee["first failure"]
+    assert dee["score"] == "0.0" and "no test ran" in dee["first failure"]
 
 
 SHORT = Scenario(requests=((0, "abcabcabcabcabcabcabc", {"max_tokens": 2}),), options={"num_blocks": 8}, watch="")
@@ -179,8 +179,16 @@ def test_the_bugs_are_listed_with_their_symptoms(
 def test_the_hunt_prints_a_score_and_which_bugs_are_alive(
         tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Workspace.start("hunt", tmp_path / "ada").folder
-    monkeypatch.setattr(commands.hunting, "hunt", lambda *_: hunt.Hunt({"the source": ""}, [True, False, True]))
+    found = hunt.Hunt({"the source": ""}, {"blocks": [True, False, True]})
+    monkeypatch.setattr(commands.hunting, "hunt", lambda *_: found)
     monkeypatch.setattr(bugs, "every_bug", lambda: [("blocks", FORGETFUL)] * 3)
     assert main(["check", str(folder), "--json", str(tmp_path / "score.json")]) == 1
-    assert "killed: 2 of 3 bugs; alive: 2\n" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("killed: 2 of 3 bugs\n    blocks      2 of 3; alive: 2\n")
     assert json.loads((tmp_path / "score.json").read_text())["score"] == 66.67
+
+
+@pytest.mark.parametrize("command", ["see", "hint", "diff"])
+def test_the_hunt_has_nothing_but_check(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Workspace.start("hunt", tmp_path / "ada").folder
+    assert main([command, str(folder)]) == 2
+    assert "the hunt has nothing but `check`" in capsys.readouterr().err
