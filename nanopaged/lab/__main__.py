@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = verbs.add_parser("check", help="check a workspace")
     check.add_argument("folder", type=Path, metavar="DIR")
     check.add_argument("part", type=int, nargs="?", metavar="PART", help="only this part")
-    check.add_argument("--lab", choices=labs.NAMES, metavar="LAB", help="only this lab, of a workspace with all of them; "
-                       "of the hunt only its bugs")
+    check.add_argument("--lab", choices=labs.NAMES, metavar="LAB", help="only this lab, of a workspace with all; of "
+                       "the hunt only its bugs")
     check.add_argument("--seed", type=int, default=0, help="of everything random in the checks (default: %(default)s)")
     check.add_argument("--json", type=Path, metavar="FILE", help="also write the results, as Gradescope reads them")
     check.set_defaults(run=commands.check)

@@ -39,7 +39,7 @@ WHERE = """> This is DIR, {folder}. Commands belong to the checkout of nanopaged
 > environment. {task}
 """
 TASK = "What you write is in DIR/nanopaged. When it is done, `train_free_demo.py` here runs the engine on it."
-HUNTING = "What you write is in DIR/hunt. To run your tests by hand: `cd DIR`, and `python -m pytest hunt` with that Python."
+HUNTING = "What you write is in DIR/hunt. To run your tests by hand: `cd DIR`, then `python -m pytest hunt`."
 HINTS = ".hints.json"  # how many were given
 BESIDE = ("requirements.txt", "train_free_demo.py")  # what makes a workspace run on its own
 
