@@ -75,7 +75,7 @@ def test_leaving_early_passes_nothing(folder: Path, body: str, words: str) -> No
 
 def test_a_loop_without_end_is_told_with_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allow = Report.allow
-    monkeypatch.setattr(Report, "allow", lambda self, seconds: allow(self, min(seconds, 0.5)))
+    monkeypatch.setattr(Report, "allow", lambda self, seconds: allow(self, min(seconds, 3.0)))
     result = write(folder, "while True: pass")
     assert "the code was still running after 10 s; it stood at nanopaged/block_allocator.py, line " in first(result)
 
@@ -129,7 +129,7 @@ def test_an_odd_exception_fails_its_check_and_no_other(folder: Path, body: str) 
 
 def test_the_checks_after_one_that_does_not_end_are_not_blamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allow = Report.allow
-    monkeypatch.setattr(Report, "allow", lambda self, seconds: allow(self, min(seconds, 0.5)))
+    monkeypatch.setattr(Report, "allow", lambda self, seconds: allow(self, min(seconds, 3.0)))
     messages = [verdict.message for verdict in write(folder, "while True: pass").verdicts]
     assert messages[0].startswith("the code was still running")
     assert set(messages[1:]) == {"not tried: the check before it did not end"}

@@ -30,7 +30,7 @@ def test_a_bug_is_killed_if_a_test_fails_on_it_or_does_not_end(folder: Path, mon
     with open(folder / "hunt" / "test_example.py", "a") as file:
         file.write("\n\ndef test_all_blocks_can_be_taken() -> None:\n"
                    "    assert BlockAllocator(2, 4).num_available == 2\n")
-    monkeypatch.setattr(hunt, "SHORTEST", 3.0)
+    monkeypatch.setattr(hunt, "SHORTEST", 8.0)
     monkeypatch.setenv("PYTEST_ADDOPTS", "-n 2")  # of those who run this very test, perhaps
     said: list[str] = []
     found = hunt.hunt(folder, said.append)
@@ -85,10 +85,10 @@ def test_a_test_that_fails_now_and_then_kills_nothing(folder: Path, tmp_path: Pa
 
 
 def test_tests_that_do_not_end_are_told_once_with_their_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hunt, "SECONDS", 2.0)
+    monkeypatch.setattr(hunt, "SECONDS", 6.0)
     (folder / "hunt" / "test_long.py").write_text("def test_long() -> None:\n    while True:\n        pass\n")
     (complaint,) = hunt.hunt(folder).right.values()
-    assert complaint.startswith("they had not ended after 2 s, at hunt/test_long.py, line ")
+    assert complaint.startswith("they had not ended after 6 s, at hunt/test_long.py, line ")
 
 
 def test_the_bugs_of_one_lab_can_be_tried_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
