@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             figures["problems"][part.name] = str(problem)
             print(f"{part.name}: {problem}", flush=True)
         figures["seconds"][part.name] = time.monotonic() - start_s
-        if getattr(args, "json", None):  # what there is so far: whoever lends the GPU may end this process
+        if getattr(args, "json", None):  # what there is so far, should this process be ended
             Path(args.json).write_text(json.dumps({"figures": figures}), encoding="utf-8")
     print(f"\n{sum(figures['seconds'].values()):.0f} s; without figures: {', '.join(figures['problems']) or 'none'}.")
     return figures

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from nanopaged.attention_arguments import RaggedBatch
+from nanopaged.attention_kernels import INTERPRETED, triton
 from nanopaged.bench.inputs import uniform_batch
 from nanopaged.bench.timing import copy_bandwidth, copy_seconds, device_name, num_input_sets, seconds
 from nanopaged.bench.tune import ALTERNATIVES, Tuned, tune
-from nanopaged.attention_arguments import RaggedBatch
-from nanopaged.attention_kernels import INTERPRETED, triton
 from nanopaged.paged_attention import TRITON, Choice, choice_for, num_multiprocessors, paged_attention_triton
 from nanopaged.progress import show_progress
 from nanopaged.report import table

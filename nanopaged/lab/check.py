@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanopaged.lab import labs
-from nanopaged.lab.bodies import BLANK, Body, is_blank, lend
+from nanopaged.lab.bodies import BLANK, Body, lend
 from nanopaged.lab.grading import Check, checks_of
 from nanopaged.lab.isolation import Outcome, Report, imported_from_elsewhere, isolated
 from nanopaged.lab.labs import Lab
-from nanopaged.lab.workspace import PACKAGE
+from nanopaged.lab.workspace import PACKAGE, is_blank_in
 
 STARTING = 30.0  # seconds for imports
 MESSAGE = 4000  # characters that are shown of a message
@@ -135,16 +135,11 @@ def _lend_the_rest(folder: Path, lab: Lab, number: int) -> None:
     own = lab.bodies(1, number)
     rest = [name for each in labs.every() for name in each.bodies() if name not in own and not each.launchers]
     for name in rest:  # what launches a kernel raises until it is written, so a lent kernel would not run
-        body = Body.of(name)
-        try:
-            text = (folder / "nanopaged" / body.file).read_text(encoding="utf-8")
-            if "NotImplementedError(\"lab " not in text or not is_blank(text, body.function):  # the first is fast
-                continue
-        except (ValueError, SyntaxError, OSError):  # it is not there as a function: then it is not blank
-            continue
-        path = PACKAGE / body.file
-        lend(importlib.import_module(f"nanopaged.{body.module}"), path.read_text(encoding="utf-8"), body.function,
-             str(path))
+        if is_blank_in(folder, name):
+            body = Body.of(name)
+            path = PACKAGE / body.file
+            lend(importlib.import_module(f"nanopaged.{body.module}"), path.read_text(encoding="utf-8"), body.function,
+                 str(path))
 
 
 def _failure(error: BaseException, folder: Path, grading_here: object) -> str:

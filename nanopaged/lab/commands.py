@@ -65,7 +65,8 @@ def check(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(gradescope(results), indent=1) + "\n", encoding="utf-8")
     held = sum(result.holds for result in results)
-    print(f"\n{held} of {len(results)} parts hold." if len(results) > 1 else "")
+    if len(results) > 1:
+        print(f"\n{held} of {len(results)} parts hold.")
     if held == len(results) == sum(len(lab.parts) for lab in workspace.labs):
         print(f"{COMMAND} diff {args.folder} shows the source's solution beside yours.")
     return int(held < len(results))
@@ -87,8 +88,6 @@ def _chosen(workspace: Workspace, name: str | None, part: int | None) -> list[La
 
 def _results(workspace: Workspace, chosen: list[Lab], part: int | None = None, seed: int = 0) -> Iterator[PartResult]:
     for lab in chosen:
-        if lab.needs_torch:
-            import torch  # noqa: F401  here once, and then in the process of each part
         for number in [part] if part else range(1, len(lab.parts) + 1):
             show_progress(f"checking {lab.name}, part {number}")
             result = check_part(workspace.folder, lab, number, seed)
@@ -258,8 +257,7 @@ def bug(args: argparse.Namespace) -> int:
         bugs.plant(planted, folder)
         wrong = play(folder, scenario)
     print("\nThe same requests, on the source and on the bug:\n" + table(["", "source", "bug"], _beside(right, wrong)))
-    result = check_planted(lab, planted)
-    caught = next((verdict for verdict in result.verdicts if not verdict.holds), None)
+    caught = check_planted(lab, planted).first_failure
     print(f"\nCaught by part {planted.part}: {caught.words}\n{textwrap.indent(caught.message, '    ')}" if caught
           else f"\nNot caught: part {planted.part} holds.")
     return int(caught is None)
@@ -286,8 +284,6 @@ def prove(args: argparse.Namespace) -> int:
     wrong = total = 0
     for name in args.lab or labs.NAMES:
         lab = labs.get(name)
-        if lab.needs_torch:
-            import torch  # noqa: F401
         number = 0
         for number, proof in enumerate(proofs_of(lab, range(args.seeds)), 1):
             show_progress(f"{number}: {proof.what}")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,7 +50,7 @@ def hunt(folder: Path, progress: Callable[[str], object] = lambda text: None, la
         importlib.import_module(name)
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, in each process
     planted = [(name, bug) for name, bug in bugs.every_bug() if lab in (None, name)]
-    found = Hunt(killed={name: [] for name, _ in planted})
+    found = Hunt()
     right = {"the source": lambda variant: None, "the source, written in another way": bugs.plant_nothing}
     for name in filter(bugs.has_alternative, labs.NAMES):
         right[f"another right solution of {name}"] = partial(bugs.plant_alternative, name)
@@ -61,16 +62,14 @@ def hunt(folder: Path, progress: Callable[[str], object] = lambda text: None, la
             seconds = max(SHORTEST, 3 * (time.monotonic() - start))
             if not found.is_fair:
                 break
-    for number, (name, bug) in enumerate(planted, 1):
-        dead = False
-        if found.is_fair:
-            progress(f"bug {number} of {len(planted)}: {found.score[0]} killed")
-            dead = _complaint(_run(folder, partial(bugs.plant, bug), seconds, "-x"), seconds) != ""
-        found.killed[name].append(dead)
+    killed: list[bool] = []
+    for number, (_, bug) in enumerate(planted if found.is_fair else [], 1):
+        progress(f"bug {number} of {len(planted)}: {sum(killed)} killed")
+        killed.append(_complaint(_run(folder, partial(bugs.plant, bug), seconds, "-x"), seconds) != "")
     if found.is_fair:  # a test that fails now and then kills bugs by chance
         found.right["the source, once more"] = _complaint(_run(folder, lambda variant: None, seconds, "-x"), seconds)
-    if not found.is_fair:
-        found.killed = {name: [False] * len(killed) for name, killed in found.killed.items()}
+    for (name, _), dead in zip(planted, killed if found.is_fair else repeat(False)):
+        found.killed.setdefault(name, []).append(dead)
     return found
 
 

@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, NamedTuple
@@ -54,7 +54,7 @@ class Printed(io.TextIOBase):
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.written = descriptor, 0
-        self.tail = ""  # since whoever reads it has emptied it
+        self.tail = ""  # since it was last emptied
 
     def write(self, text: str) -> int:
         self.tail = (self.tail + text)[-SHOWN:]
@@ -180,16 +180,13 @@ def imported_from_elsewhere(folder: Path) -> list[str]:
 
 
 def _results(file: Path) -> list[dict[str, object]]:
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return list(_parsed(lines))
-
-
-def _parsed(lines: list[str]) -> Iterator[dict[str, object]]:
-    for line in lines:
+    results = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
-            yield json.loads(line)
-        except ValueError:  # cut off in the middle
-            return
+            results.append(json.loads(line))
+        except ValueError:  # the last one, cut off in the middle
+            break
+    return results
 
 
 def _end(file: Path) -> str:

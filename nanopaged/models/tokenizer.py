@@ -115,7 +115,7 @@ class TextStream(NamedTuple):
         return TextStream(self.tokenizer, self.stop, text, pending, False, num_tokens)
 
     def caught_up(self, token_ids: list[int]) -> TextStream:
-        """With all tokens of the continuation, of which it has some; or it has more, and begins anew."""
+        """With all of a continuation's tokens: those that are missing are decoded; a stream with more starts over."""
         stream = self if self.num_tokens <= len(token_ids) else TextStream(self.tokenizer, self.stop)
         for token_id in token_ids[stream.num_tokens :]:
             stream = stream.extended(token_id)

@@ -80,7 +80,7 @@ BUGS = (
     Bug("fork-counts-holders-alone", 2,
         "One holder, so nobody else reads it. But a published block has readers to come: they find it by the tokens "
         "that it held.",
-        "Nothing in this engine, which forks partly filled blocks only. Whoever forks a full one poisons the cache.",
+        "Nothing in this engine, which forks partly filled blocks only. One that forks a full block poisons the cache.",
         (("block_allocator.py", "if self._ref_counts[block] == 1 and self._keys[block] is None:",
           "if self._ref_counts[block] == 1:"),)),
     Bug("the-last-holder-copies-too", 3,

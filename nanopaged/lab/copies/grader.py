@@ -220,7 +220,7 @@ def others_give_way_first() -> None:
         run.finish()
 
 
-@check(3, "Whoever reads a position finds its own tokens there, until all have ended and no block is held.")
+@check(3, "A request that reads a position finds its own tokens there, until all have ended and no block is held.")
 def contents_are_right_to_the_end() -> None:
     for n, prompt, num_blocks, budget, caching in product((2, 3), (3, 5, 8), (4, 6, 20), (3, 64), (False, True)):
         run = Run(num_blocks, 4, budget, caching)

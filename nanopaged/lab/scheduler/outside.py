@@ -26,7 +26,7 @@ FROM_AND_TO = {"copy": ("pool", "pool"), "to_host": ("pool", "host"), "to_pool":
 
 
 def everybody(_: AdmissionContext) -> bool:
-    """An admission policy: whoever finds room for this step is admitted, so requests give way soon."""
+    """An admission policy: a request that finds room for this step is admitted, so requests give way soon."""
     return True
 
 
